@@ -1,0 +1,161 @@
+#!/usr/bin/env python
+"""Quality of the Shapes World teacher and student: attributes right, Fréchet distance, time. The README's numbers.
+
+    python benchmarks/shapes_quality.py --output_dir benchmarks/results
+
+Three generators are compared on the same held-out captions and seeds: the teacher (adapter off, 25 DDIM steps,
+guidance 3), the student (adapter on, one step) and the untrained student (adapter off, one step).
+
+Fréchet distance: between Gaussians fitted to 256 features of each image: the mean RGB of each of 8x8 tiles (192
+numbers) and the mean absolute luminance gradient of each tile (64 numbers), all from pixels in [0, 1]. The reference is
+2,000 renders of other held-out captions, and the distance between two sets of renders shows the floor.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import scipy.linalg
+import torch
+from PIL import Image
+
+from diffusers_wadi import WaDiPipeline
+from diffusers_wadi.shapes import bundled_checkpoint, heldout_captions, judge_image, parse_caption, render_scenes
+
+GENERATORS = {
+    "teacher, 25 steps": {"adapter": False, "num_inference_steps": 25, "guidance_scale": 3.0},
+    "student, 1 step": {"adapter": True, "num_inference_steps": 1, "guidance_scale": 1.0},
+    "adapter off, 1 step": {"adapter": False, "num_inference_steps": 1, "guidance_scale": 1.0},
+}
+
+
+def features(images: np.ndarray) -> np.ndarray:
+    """uint8 images (n, 64, 64, 3) to float64 features (n, 256)."""
+    pixels = images.astype(np.float64) / 255
+    n, size, _, _ = pixels.shape
+    tiles = (n, 8, size // 8, 8, size // 8)
+    colour = pixels.reshape(*tiles, 3).mean(axis=(2, 4))
+    gray = pixels.mean(axis=-1)
+    gradient = np.abs(np.diff(gray, axis=1, append=gray[:, -1:])) + np.abs(
+        np.diff(gray, axis=2, append=gray[:, :, -1:])
+    )
+    return np.concatenate([colour.reshape(n, -1), gradient.reshape(tiles).mean(axis=(2, 4)).reshape(n, -1)], axis=1)
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of the features of two image sets."""
+    x, y = features(a), features(b)
+    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
+    # The eigenvalues of a product of covariances are real and non-negative; rounding alone makes them otherwise.
+    root_trace = np.sqrt(np.clip(scipy.linalg.eigvals(cov_x @ cov_y).real, 0, None)).sum()
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * root_trace)
+
+
+def generate(pipeline, captions: list[str], batch_size: int, adapter: bool, **call) -> np.ndarray:
+    """uint8 images (n, 64, 64, 3). Image i starts from seed i, so that every generator sees the same noise."""
+    (pipeline.unet.enable_adapters if adapter else pipeline.unet.disable_adapters)()
+    images = []
+    for start in range(0, len(captions), batch_size):
+        batch = captions[start : start + batch_size]
+        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
+        images.append(pipeline(batch, generator=seeds, output_type="np", **call).images)
+    return np.round(np.concatenate(images) * 255).astype(np.uint8)
+
+
+def judge_all(images: np.ndarray, captions: list[str]) -> dict:
+    """Share of attributes right, share of captions wholly right, and the share right of each kind of attribute."""
+    verdicts = [judge_image(image, caption) for image, caption in zip(images, captions)]
+    kinds: dict[str, list[bool]] = {}
+    for verdict in verdicts:
+        for name, right in verdict.items():
+            kinds.setdefault(name.split(".")[-1], []).append(right)
+    return {
+        "attributes": float(np.mean([right for rights in kinds.values() for right in rights])),
+        "captions": float(np.mean([all(verdict.values()) for verdict in verdicts])),
+        "by_attribute": {name: float(np.mean(rights)) for name, rights in sorted(kinds.items())},
+    }
+
+
+def seconds_per_image(pipeline, adapter: bool, rounds: int = 5, **call) -> float:
+    """Median wall time of one image, prompt to pixels, batch 1, after one warm-up."""
+    times = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        generate(pipeline, ["a large red heart on a white background"], 1, adapter, **call)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def save_picture(images: dict[str, np.ndarray], captions: list[str], path: Path, columns: int) -> None:
+    """One row a generator, the same captions and seeds in each column."""
+    rows = [np.concatenate(list(stack[:columns]), axis=1) for stack in images.values()]
+    Image.fromarray(np.concatenate(rows, axis=0)).resize((columns * 96, len(rows) * 96), Image.LANCZOS).save(path)
+
+
+def markdown(results: dict) -> str:
+    lines = ["| | attributes right | captions wholly right | Fréchet distance | time of one image |"]
+    lines.append("|---|---|---|---|---|")
+    for name, r in results["generators"].items():
+        lines.append(
+            f"| {name} | {r['attributes']:.1%} | {r['captions']:.1%} | {r['frechet']:.3f} | {r['seconds']:.3f} s |"
+        )
+    lines.append(f"| real renders | {results['real']['attributes']:.1%} | {results['real']['captions']:.1%} "
+                 f"| {results['real']['frechet']:.3f} | |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="Adapter folder. Default: the bundled checkpoint.")
+    parser.add_argument("--num_captions", type=int, default=512, help="Held-out captions judged. Default: 512.")
+    parser.add_argument(
+        "--num_frechet", type=int, default=2000, help="Images for the Fréchet distance. Default: 2000."
+    )
+    parser.add_argument("--batch_size", type=int, default=64, help="Default: 64.")
+    parser.add_argument("--num_threads", type=int, default=None, help="CPU threads. Default: torch's choice.")
+    parser.add_argument("--output_dir", default=None, help="Folder for shapes_quality.json, .md and .png.")
+    args = parser.parse_args()
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+
+    pipeline = WaDiPipeline.from_pretrained(args.model or bundled_checkpoint())
+    pipeline.set_progress_bar_config(disable=True)
+    captions = heldout_captions(args.num_captions, seed=1)
+    frechet_captions = (captions + heldout_captions(args.num_frechet, seed=2))[: args.num_frechet]
+    real, floor = (
+        render_scenes([parse_caption(c) for c in heldout_captions(args.num_frechet, seed=3)], seed=s) for s in (3, 4)
+    )
+    same = render_scenes([parse_caption(c) for c in frechet_captions], seed=5)
+    results = {
+        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "num_captions": args.num_captions,
+        "num_frechet": args.num_frechet,
+        "generators": {},
+        "real": judge_all(same[: args.num_captions], captions) | {"frechet": frechet_distance(real, same)},
+        "frechet_same_captions": frechet_distance(real, floor),
+    }
+    stacks = {}
+    for name, call in GENERATORS.items():
+        images = generate(pipeline, frechet_captions, args.batch_size, **call)
+        stacks[name] = images
+        results["generators"][name] = judge_all(images[: args.num_captions], captions) | {
+            "frechet": frechet_distance(real, images),
+            "seconds": seconds_per_image(pipeline, **call),
+        }
+        print(name, json.dumps(results["generators"][name]), flush=True)
+    print(markdown(results))
+    if args.output_dir:
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, text in (("json", json.dumps(results, indent=2)), ("md", markdown(results))):
+            (folder / f"shapes_quality.{suffix}.tmp").write_text(text + "\n")
+            os.replace(folder / f"shapes_quality.{suffix}.tmp", folder / f"shapes_quality.{suffix}")
+        save_picture(stacks, captions, folder / "shapes_quality.png", columns=10)
+
+
+if __name__ == "__main__":
+    main()
