@@ -1,0 +1,174 @@
+"""The command `wadi`. It translates flags and reports; the work is done by the package."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers_wadi import __version__
+from diffusers_wadi._files import writable_folder, written_beside
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code, 2 for anything that the user can put right."""
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("wadi: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"wadi: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="wadi", description="One-step text-to-image generation with LoRaD.")
+    parser.add_argument("--version", action="version", version=f"diffusers-wadi {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_generate(commands)
+    return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="draw images from prompts, in one step",
+        description="Draw images from prompts, in one step.",
+    )
+    add = generate.add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help="what to draw; several prompts give several images")
+    add(
+        "-o",
+        "--output",
+        default="wadi.png",
+        help="image file, default %(default)s; several images get -0, -1, ...; or folder/",
+    )
+    add("--seed", type=int, help="seed of the first image, the others count up from it; without it one is drawn")
+    add("--num-images", type=_positive, default=1, help="images per prompt, default %(default)s")
+    add("--model", help="complete checkpoint or LoRaD adapter, folder or Hub name; without it the bundled checkpoint")
+    add("--base-model", help="base of an adapter, folder or Hub name; without it the one that the adapter names")
+    add("--device", help="such as cpu, cuda or cuda:1; without it the GPU if there is one")
+    add("--dtype", choices=DTYPES, help="number format; without it float16 on a GPU, float32 on the CPU")
+    add("--height", type=_positive, help="height in pixels, a multiple of 8; without it the model's")
+    add("--width", type=_positive, help="width in pixels, a multiple of 8; without it the model's")
+    generate.set_defaults(run=_generate)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
+    return value
+
+
+def _generate(args: argparse.Namespace) -> None:
+    # Everything that can be wrong with the request is found out before the slow part, which is importing and loading.
+    paths = _output_paths(args.output, len(args.prompts) * args.num_images)
+    _check_size(args.height, args.width)
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    pipe, model = _load(args)
+    for number, prompt in enumerate(args.prompts):
+        first = number * args.num_images
+        batch = paths[first : first + args.num_images]
+        _draw(pipe, prompt, seed + first, batch, args, model)
+
+
+def _output_paths(output: str, count: int) -> list[Path]:
+    """The files to write, in a folder that exists and is writable when this returns."""
+    path = Path(output)
+    if output.endswith(("/", "\\")) or path.is_dir():
+        path = path / "wadi.png"
+        numbered = True
+    else:
+        numbered = count > 1
+    if path.suffix.lower() not in IMAGE_SUFFIXES:
+        raise ValueError(
+            f"cannot write {output!r}: expected a file ending in {', '.join(IMAGE_SUFFIXES)}, or a folder/"
+        )
+    writable_folder(path.parent)
+    return [path.with_stem(f"{path.stem}-{i}") for i in range(count)] if numbered else [path]
+
+
+def _check_size(height: int | None, width: int | None) -> None:
+    if (height is None) != (width is None):
+        raise ValueError("--height and --width go together; give both or neither")
+    if height is not None and (height % 8 or width % 8):
+        raise ValueError(f"--height and --width must be multiples of 8, got {height} and {width}")
+
+
+def _load(args: argparse.Namespace) -> tuple[Any, str]:
+    start = time.perf_counter()
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    from diffusers_wadi import WaDiPipeline, bundled_checkpoint
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    device = _device(args.device)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
+    model = args.model or str(bundled_checkpoint())
+    pipe = WaDiPipeline.from_pretrained(model, base_model=args.base_model, dtype=dtype).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    name = args.model or "the bundled checkpoint"
+    took = time.perf_counter() - start
+    print(f"loaded {name} ({str(dtype).removeprefix('torch.')} on {device}) in {took:.1f} s")
+    return pipe, name
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    available = torch.accelerator.current_accelerator(check_available=True)
+    if name is None:
+        return available or torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name!r} is no device that torch knows; use cpu, cuda, cuda:1, ...") from error
+    if device.type != "cpu" and (available is None or device.type != available.type):
+        raise ValueError(
+            f"--device {name} is not available here; available: cpu{f', {available}' if available else ''}"
+        )
+    return device
+
+
+def _draw(pipe: Any, prompt: str, seed: int, paths: list[Path], args: argparse.Namespace, model: str) -> None:
+    import torch
+
+    start = time.perf_counter()
+    # On the CPU whatever the device, so that a seed means the same image everywhere.
+    generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(paths))]
+    size = {"height": args.height, "width": args.width}
+    images = pipe(prompt, num_images_per_prompt=len(paths), generator=generators, **size).images
+    took = time.perf_counter() - start
+    for i, (image, path) in enumerate(zip(images, paths)):
+        _save(image, path, {"prompt": prompt, "seed": str(seed + i), "model": model})
+        print(f"wrote {path} (seed {seed + i})")
+    print(f"drew {len(paths)} of {prompt!r} in {took:.2f} s")
+
+
+def _save(image: Any, path: Path, notes: dict[str, str]) -> None:
+    """Write one image, with how it was made where the format has room for text (PNG)."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in {**notes, "software": f"diffusers-wadi {__version__}"}.items():
+        info.add_itxt(key, value)
+    with written_beside(path) as temporary:
+        image.save(temporary, **({"pnginfo": info} if path.suffix.lower() == ".png" else {}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Checkpoints of a distillation run: whole or absent, and enough to go on bit for bit.
+
+``checkpoint-<step>/`` holds ``student/`` and ``fake/`` (native adapter folders, loadable by themselves),
+``student_ema/`` where an average is kept, ``training_state.pt`` (optimisers, schedules, average, data order, step)
+and ``random_states_<rank>.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+STATE_FILE = "training_state.pt"
+
+
+def checkpoint_step(folder: str | Path) -> int | None:
+    """The step in a checkpoint folder's name, ``None`` for any other folder."""
+    match = _NAME.fullmatch(Path(folder).name)
+    return int(match.group(1)) if match else None
+
+
+def list_checkpoints(output_dir: str | Path) -> list[Path]:
+    """Finished checkpoints in ``output_dir``, oldest step first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if checkpoint_step(path) is not None]
+    return sorted(folders, key=checkpoint_step)
+
+
+def find_checkpoint(output_dir: str | Path, wanted: str) -> Path | None:
+    """The checkpoint that ``--resume_from_checkpoint wanted`` means.
+
+    Args:
+        wanted: ``"latest"``, the name of a folder in ``output_dir``, or a path.
+
+    Returns:
+        The folder; ``None`` for ``"latest"`` where there is none yet.
+
+    Raises:
+        FileNotFoundError: a named checkpoint is not there, or holds no training state.
+    """
+    if wanted == "latest":
+        folders = list_checkpoints(output_dir)
+        return folders[-1] if folders else None
+    for folder in (Path(output_dir) / wanted, Path(wanted)):
+        if (folder / STATE_FILE).is_file():
+            return folder
+    known = [path.name for path in list_checkpoints(output_dir)]
+    raise FileNotFoundError(
+        f"No checkpoint {wanted!r} (a folder with {STATE_FILE}) in {str(output_dir)!r}, which holds {known}. "
+        "Name one of these, or 'latest'."
+    )
+
+
+def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a sibling of ``folder``, flush it to disk and rename it: ``folder`` is whole or absent."""
+    folder = Path(folder)
+    partial, replaced = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write(partial)
+        _flush(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if folder.exists():  # a non-empty folder cannot be renamed onto
+        folder.rename(replaced)
+    partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_old_checkpoints(output_dir: str | Path, total_limit: int | None) -> None:
+    """Keep the newest ``total_limit`` checkpoints; ``None`` keeps all. Called after a new one is whole."""
+    if total_limit is None:
+        return
+    folders = list_checkpoints(output_dir)
+    for folder in folders[: max(0, len(folders) - total_limit)]:
+        shutil.rmtree(folder)
+
+
+def random_states() -> dict[str, Any]:
+    """States of Python's, NumPy's and torch's generators, of types that ``torch.load(weights_only=True)`` reads."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": [name, keys.tolist(), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put back what :func:`random_states` returned; CUDA states only where the same number of devices is there."""
+    random.setstate(states["python"])
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available() and len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def collect_state(parts: dict[str, Any]) -> dict[str, Any]:
+    """``state_dict`` of each part that has one (generators: ``get_state``), numbers as they are, ``None`` left out."""
+    return {name: _state_of(part) for name, part in parts.items() if part is not None}
+
+
+def _state_of(part: Any) -> Any:
+    if isinstance(part, torch.Generator):
+        return part.get_state()
+    return part.state_dict() if hasattr(part, "state_dict") else part
+
+
+def restore_state(parts: dict[str, Any], state: dict[str, Any]) -> None:
+    """Load ``state`` into ``parts``; plain values in ``parts`` are skipped.
+
+    Raises:
+        ValueError: the checkpoint was written by a run with other parts (e.g. with ``--use_ema``); nothing has
+            been loaded then.
+    """
+    wanted = {name for name, part in parts.items() if part is not None}
+    if wanted != set(state):
+        raise ValueError(
+            f"The checkpoint holds {sorted(state)}, this run needs {sorted(wanted)}. Resume with the flags of the run "
+            "that wrote it (--use_ema, --warmup_regression_steps, --regression_weight, --mixed_precision)."
+        )
+    for name in sorted(wanted):
+        part = parts[name]
+        if isinstance(part, torch.Generator):
+            part.set_state(state[name])
+        elif hasattr(part, "load_state_dict"):
+            part.load_state_dict(state[name])

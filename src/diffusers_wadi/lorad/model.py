@@ -1,0 +1,138 @@
+"""LoRaD on a model: finds the layers, wraps them, and leaves the model as it was when something does not fit."""
+
+import copy
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from diffusers_wadi.lorad.config import LoRaDConfig
+from diffusers_wadi.lorad.layer import LoRaDLayer, LoRaDLinear, check_base_layer
+from diffusers_wadi.lorad.targets import adaptable_linears, lorad_target_modules
+
+try:
+    from peft.utils.error import NoMatchingPeftModuleError
+except ImportError:  # PEFT before 0.20 raises a plain ValueError
+    NoMatchingPeftModuleError = ValueError
+
+__all__ = ["LoRaDModel"]
+
+# PEFT's word for an adapter that is meant to match nothing at first.
+_DUMMY_TARGETS = "dummy-target-modules"
+
+
+class LoRaDModel(BaseTuner):
+    """The tuner behind `get_peft_model`, `inject_adapter_in_model` and diffusers' `add_adapter`.
+
+    Args:
+        model: the model to adapt; its layers are replaced in place.
+        peft_config: a `LoRaDConfig`, or a dictionary of them by adapter name.
+        adapter_name: name of the adapter.
+        options: `low_cpu_mem_usage`, `state_dict`: as in PEFT.
+
+    Raises:
+        ValueError: no layer matches, or a matched layer cannot be adapted. The model is left as it was.
+    """
+
+    prefix = "lorad_"
+    tuner_layer_cls = LoRaDLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def __init__(
+        self, model: nn.Module, peft_config: LoRaDConfig | dict[str, LoRaDConfig], adapter_name: str, **options: Any
+    ) -> None:
+        known = set(getattr(model, "peft_config", None) or {})
+        try:
+            super().__init__(model, peft_config, adapter_name, **options)
+        except Exception:
+            _forget_failed_adapter(model, known)
+            raise
+
+    def _prepare_adapter_config(self, peft_config: LoRaDConfig, model_config: dict) -> LoRaDConfig:
+        """Without target_modules: PEFT's usual layers of a transformers model, the paper's of a diffusion backbone."""
+        if peft_config.target_modules is None:
+            usual = self.target_module_mapping.get(model_config.get("model_type"))
+            peft_config.target_modules = set(self._paper_targets() if usual is None else usual)
+        return peft_config
+
+    def _paper_targets(self) -> list[str]:
+        try:
+            return lorad_target_modules(self.model)
+        except ValueError as error:
+            raise ValueError(f"Please specify `target_modules` in `peft_config`. {error}") from None
+
+    def _prepare_model(self, peft_config: LoRaDConfig, model: nn.Module) -> None:
+        """PEFT calls this before it touches the first layer: the moment to look at all of them."""
+        if peft_config.target_modules == _DUMMY_TARGETS:
+            return
+        matched = self._matched_modules(peft_config, model)
+        for name, module in matched.items():
+            check_base_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, name)
+        narrowed = peft_config.exclude_modules or peft_config.modules_to_save or peft_config.layers_to_transform
+        if not matched and not narrowed:  # PEFT's own message is the better one where these took the layers away
+            raise NoMatchingPeftModuleError(_no_match_message(peft_config, model))
+
+    def _matched_modules(self, peft_config: LoRaDConfig, model: nn.Module) -> dict[str, nn.Module]:
+        """What the config matches, by PEFT's rules, leaving out the inside of layers that are adapted already."""
+        if peft_config.target_modules == "all-linear":
+            peft_config = copy.copy(peft_config)
+            peft_config.target_modules = {name for name, _ in adaptable_linears(model)}
+        inside, matched = (), {}
+        for name, module in model.named_modules():
+            if not name or (inside and name.startswith(inside)):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (name + ".",)
+            if self._check_target_module_exists(peft_config, name):
+                matched[name] = module
+        return matched
+
+    def _create_and_replace(
+        self,
+        peft_config: LoRaDConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        r = peft_config.rank_pattern.get(pattern, peft_config.r)
+        existing = _lorad_layer_within(target)
+        if existing is not None:
+            existing.update_layer(adapter_name, r, peft_config)
+            return
+        new_module = LoRaDLinear(target, adapter_name, r, peft_config)
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+
+def _lorad_layer_within(module: nn.Module | None) -> LoRaDLayer | None:
+    """The LoRaD layer that `module` is, or that another adapter has wrapped."""
+    while module is not None and not isinstance(module, LoRaDLayer):
+        module = getattr(module, "base_layer", None)
+    return module
+
+
+def _no_match_message(peft_config: LoRaDConfig, model: nn.Module) -> str:
+    names = [name for name, _ in adaptable_linears(model)]
+    wanted = peft_config.target_modules
+    wanted = repr(wanted) if isinstance(wanted, str) else sorted(wanted)
+    return (
+        f"Target modules {wanted} not found in the base model. It is a {type(model).__name__} with {len(names)} Linear "
+        f"layers, such as {', '.join(names[:3]) or '(none)'}. Pass full names, their last parts, a regular expression "
+        'over full names, or "all-linear" as `target_modules`.'
+    )
+
+
+def _forget_failed_adapter(model: nn.Module, known: set[str]) -> None:
+    """Take back what PEFT and diffusers note about an adapter before they try to inject it."""
+    configs = getattr(model, "peft_config", None) or {}
+    for name in set(configs) - known:
+        del configs[name]
+    if not known and getattr(model, "_hf_peft_config_loaded", False):
+        model._hf_peft_config_loaded = False

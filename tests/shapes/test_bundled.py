@@ -1,0 +1,72 @@
+"""The bundled checkpoint: small enough, complete, and really one-step."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from diffusers_wadi import WaDiPipeline, bundled_checkpoint
+from diffusers_wadi.shapes import heldout_captions, judge_image
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = WaDiPipeline.from_pretrained(bundled_checkpoint())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def share_right(pipeline, captions, **call) -> tuple[float, float]:
+    seeds = [torch.Generator().manual_seed(i) for i in range(len(captions))]
+    images = pipeline(captions, generator=seeds, output_type="np", **call).images
+    verdicts = [judge_image(np.round(x * 255).astype(np.uint8), c) for x, c in zip(images, captions)]
+    attributes = np.mean([right for verdict in verdicts for right in verdict.values()])
+    return attributes, np.mean([all(verdict.values()) for verdict in verdicts])
+
+
+def test_it_fits_into_20_megabytes():
+    files = [path for path in bundled_checkpoint().rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20e6
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".txt"}
+
+
+def test_the_student_is_lorad_alone():
+    with safe_open(bundled_checkpoint() / "pytorch_lorad_weights.safetensors", "pt") as file:
+        assert all(name.endswith((".lorad_A", ".lorad_B")) for name in file.keys())
+
+
+def test_one_step_draws_what_held_out_captions_say(pipeline):
+    """The bounds are below the measured figures of the README by what 64 captions may scatter."""
+    attributes, captions = share_right(pipeline, heldout_captions(64, seed=21))
+    assert attributes >= 0.90 and captions >= 0.68
+
+
+def test_without_the_adapter_one_step_draws_nothing(pipeline):
+    captions = heldout_captions(32, seed=22)
+    pipeline.disable_lora()
+    try:
+        attributes, whole = share_right(pipeline, captions)
+        many_steps, _ = share_right(pipeline, captions, num_inference_steps=25, guidance_scale=3.0)
+    finally:
+        pipeline.enable_lora()
+    assert attributes < 0.6 and whole < 0.1
+    assert many_steps >= 0.93
+
+
+def test_a_row_norm_of_the_student_is_the_teachers(pipeline):
+    fused = WaDiPipeline.from_pretrained(bundled_checkpoint())
+    before = {n: p.norm(dim=1) for n, p in fused.unet.named_parameters() if n.endswith("base_layer.weight")}
+    fused.fuse_lorad()
+    after = {n: p.norm(dim=1) for n, p in fused.unet.named_parameters() if n in before}
+    assert len(before) > 50
+    for name, norms in before.items():
+        torch.testing.assert_close(after[name], norms, rtol=1e-6, atol=0)
+
+
+def test_the_first_image_is_quick(pipeline):
+    """Not a timing test: a tenth of a second is measured; 5 s would mean that something is done many times over."""
+    start = time.perf_counter()
+    pipeline("a red ring on a white background")
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,244 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TARGETS, add_random_adapter, tiny_unet
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffusers_wadi import LoRaDConfig, WaDiPipeline, load_lorad_adapter, save_lorad_adapter
+
+WEIGHTS = "pytorch_lorad_weights.safetensors"
+
+
+@pytest.fixture
+def unet(components):
+    return components["unet"]
+
+
+@pytest.fixture
+def adapter(adapter_folder, tmp_path):
+    """A copy of the adapter folder that a test may spoil."""
+    return shutil.copytree(adapter_folder, tmp_path / "adapter")
+
+
+def predict(unet):
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+    text = torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        return unet(z, 999, text).sample
+
+
+def rewrite(folder, change):
+    """Apply `change` to the tensors of an adapter file, keeping its metadata."""
+    path = folder / WEIGHTS
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata=metadata)
+
+
+def refused_untouched(unet, source, message, **options):
+    before, keys = predict(unet), list(unet.state_dict())
+    with pytest.raises((ValueError, OSError), match=message):
+        load_lorad_adapter(unet, source, "new", **options)
+    assert list(unet.state_dict()) == keys and torch.equal(predict(unet), before)
+    assert "new" not in (getattr(unet, "peft_config", None) or {})
+
+
+def test_round_trip_is_bit_exact(unet, adapter_folder):
+    base = predict(unet)
+    load_lorad_adapter(unet, adapter_folder, "mine")
+    loaded = {f"unet.{key}": t for key, t in get_peft_model_state_dict(unet, adapter_name="mine").items()}
+    saved = load_file(adapter_folder / WEIGHTS)
+    assert saved.keys() == loaded.keys() and all(torch.equal(saved[key], loaded[key]) for key in saved)
+    assert all(key.endswith((".lorad_A", ".lorad_B")) for key in saved)
+    assert (predict(unet) - base).abs().max() > 1e-3
+    unet.disable_adapters()
+    assert torch.equal(predict(unet), base)
+
+
+def test_file_alone_folder_and_dict_are_the_same(components, adapter_folder, tmp_path):
+    import copy
+
+    unet, results = components["unet"], []
+    lonely = shutil.copy(adapter_folder / WEIGHTS, tmp_path / "renamed.safetensors")
+    for source in (adapter_folder, lonely, load_file(lonely)):
+        model = copy.deepcopy(unet)
+        load_lorad_adapter(model, source)
+        results.append(predict(model))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def test_config_beside_equals_metadata_and_peft_reads_it(adapter_folder, base_folder):
+    with safe_open(adapter_folder / WEIGHTS, "pt") as file:
+        inside = json.loads(file.metadata()["lorad_config"])
+    assert inside == json.loads((adapter_folder / "adapter_config.json").read_text())
+    config = PeftConfig.from_pretrained(adapter_folder)
+    assert isinstance(config, LoRaDConfig) and config.r == 4 and set(config.target_modules) == set(TARGETS)
+    assert config.base_model_name_or_path == str(base_folder)
+
+
+def test_ranks_may_differ(unet, tmp_path):
+    import copy
+
+    other = copy.deepcopy(unet)
+    config = LoRaDConfig(r=4, rank_pattern={"to_q": 2}, target_modules=TARGETS, init_lorad_weights="xavier")
+    unet.add_adapter(config, "mixed")
+    save_lorad_adapter(unet, tmp_path, "mixed")
+    load_lorad_adapter(other, tmp_path)
+    assert torch.equal(predict(unet), predict(other))
+
+
+def test_second_adapter_becomes_active_and_taken_name_is_refused(unet, adapter_folder):
+    add_random_adapter(unet, "first", seed=9)
+    only_first = predict(unet)
+    load_lorad_adapter(unet, adapter_folder, "second")
+    assert unet.active_adapters() == ["second"]
+    unet.set_adapters(["first"])
+    assert torch.equal(predict(unet), only_first)
+    with pytest.raises(ValueError, match="'second' is taken"):
+        load_lorad_adapter(unet, adapter_folder, "second")
+
+
+def test_wrong_base_names_first_mismatch_and_count(adapter_folder):
+    torch.manual_seed(0)
+    refused_untouched(tiny_unet(width=12), adapter_folder, r"\d+ of \d+ modules differ, first .*\(out, in\)")
+
+
+def test_wrong_base_leaves_other_adapters_active(adapter):
+    torch.manual_seed(0)
+    unet = add_random_adapter(tiny_unet(width=12), "old")
+    refused_untouched(unet, adapter, "does not fit")
+    assert unet.active_adapters() == ["old"]
+
+
+def test_failure_while_filling_is_rolled_back(unet, adapter, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("disk on fire")
+
+    before = predict(unet)
+    monkeypatch.setattr("diffusers_wadi.loaders.set_peft_model_state_dict", fail)
+    with pytest.raises(RuntimeError, match="on fire"):
+        load_lorad_adapter(unet, adapter, "new")
+    assert torch.equal(predict(unet), before) and not any("lorad" in key for key in unet.state_dict())
+    monkeypatch.undo()
+    load_lorad_adapter(unet, adapter, "new")
+
+
+def transpose_one(tensors):
+    key = next(key for key in tensors if key.endswith("lorad_A"))
+    tensors[key] = tensors[key].T.contiguous()
+
+
+def spoil_one(tensors):
+    tensors[next(iter(tensors))][0, 0] = float("nan")
+
+
+def drop_one(tensors):
+    del tensors[next(key for key in tensors if key.endswith("lorad_B"))]
+
+
+def rename_one(tensors):
+    for letter in "AB":
+        key = next(key for key in tensors if key.endswith(f"lorad_{letter}"))
+        tensors[f"unet.nowhere.lorad_{letter}"] = tensors.pop(key)
+
+
+def add_one(tensors):
+    tensors["unet.conv_in.weight"] = torch.zeros(2)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (transpose_one, "1 of .* modules differ, first .*not .out, r. and"),
+        (spoil_one, "not finite"),
+        (drop_one, "1 modules have only one of"),
+        (rename_one, "nowhere: no such module"),
+        (add_one, "belong to no LoRaD layer, first conv_in.weight"),
+    ],
+)
+def test_damaged_tensors(unet, adapter, change, message):
+    rewrite(adapter, change)
+    refused_untouched(unet, adapter, message)
+
+
+def test_damaged_missing_and_foreign_files(unet, adapter, tmp_path):
+    whole = (adapter / WEIGHTS).read_bytes()
+    (adapter / WEIGHTS).write_bytes(whole[: len(whole) // 2])
+    refused_untouched(unet, adapter, "not a complete safetensors file")
+    (adapter / WEIGHTS).unlink()
+    refused_untouched(unet, adapter, f"no {WEIGHTS} in .*weight_name=")
+    refused_untouched(unet, adapter, "leaves", weight_name="../secret.safetensors")
+    refused_untouched(unet, tmp_path / "not there", "neither|not a folder here")
+    (tmp_path / "pickle.pth").write_bytes(b"\x80")
+    refused_untouched(unet, tmp_path / "pickle.pth", "safetensors only")
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused_untouched(unet, adapter, "'LORA', expected 'LORAD'")
+    (adapter / "adapter_config.json").write_text("{")
+    refused_untouched(unet, adapter, "no valid JSON")
+    refused_untouched(unet, {"unet.x.lora_A.weight": torch.zeros(2, 2)}, "load_lora_weights")
+    refused_untouched(unet, {"x.weight": torch.zeros(2, 2)}, "holds no LoRaD weights")
+
+
+def test_config_of_another_adapter(unet, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"r": 64}))
+    refused_untouched(unet, adapter, "config says rank 64, its tensors have")
+
+
+def test_save_refuses_and_keeps_the_old_file(unet, adapter, tmp_path):
+    whole = (adapter / WEIGHTS).read_bytes()
+    add_random_adapter(unet, "broken")
+    next(p for n, p in unet.named_parameters() if "lorad_A.broken" in n).data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="not finite"):
+        save_lorad_adapter(unet, adapter, "broken")
+    with pytest.raises(ValueError, match=r"no LoRaD adapter 'other'.*\['broken'\]"):
+        save_lorad_adapter(unet, adapter, "other")
+    assert (adapter / WEIGHTS).read_bytes() == whole and len(list(adapter.iterdir())) == 2
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot write to the folder"):
+        save_lorad_adapter(unet, tmp_path / "file" / "below", "broken")
+
+
+def test_pipeline_methods(adapter_folder, base_folder, tmp_path):
+    pipe = WaDiPipeline.from_pretrained(base_folder)
+    pipe.set_progress_bar_config(disable=True)
+    base = predict(pipe.unet)
+    pipe.load_lorad_weights(adapter_folder)
+    assert pipe.get_active_adapters() == ["default_0"]
+    active = predict(pipe.unet)
+    pipe.set_adapters(["default_0"], [0.0])
+    torch.testing.assert_close(predict(pipe.unet), base)
+    pipe.set_adapters(["default_0"], [1.0])
+
+    pipe.fuse_lorad()
+    torch.testing.assert_close(predict(pipe.unet), active, rtol=1e-4, atol=1e-5)
+    pipe.unfuse_lorad()
+    torch.testing.assert_close(predict(pipe.unet), active, rtol=1e-4, atol=1e-5)
+    pipe.fuse_lorad(lorad_scale=0.5)
+    half = predict(pipe.unet)
+    pipe.unfuse_lorad()
+    torch.testing.assert_close(predict(pipe.unet), active, rtol=1e-4, atol=1e-5)
+    pipe.set_adapters(["default_0"], [0.5])
+    torch.testing.assert_close(predict(pipe.unet), half, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="are no LoRaD adapters"):
+        pipe.fuse_lorad(adapter_names=["nobody"])
+
+    pipe.save_lorad_weights(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_folder)
+    pipe.unload_lorad_weights()
+    torch.testing.assert_close(predict(pipe.unet), base)
+    assert not any("lorad" in key for key in pipe.unet.state_dict())
+
+
+def test_lora_beside_lorad_is_kept(components, adapter_folder):
+    pipe = WaDiPipeline(**components)
+    pipe.load_lorad_weights(adapter_folder, adapter_name="rotation")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in"]), "plain")
+    pipe.unload_lorad_weights()
+    assert list(pipe.unet.peft_config) == ["plain"]

@@ -1,0 +1,83 @@
+"""The architecture, held by tests: who may import whom, and that scripts and files stay readable."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "src" / "diffusers_wadi"
+
+# Part -> parts of the package that it may import. A part is a subpackage or a module of the package.
+ALLOWED = {
+    "lorad": set(),
+    "schedulers": set(),
+    "_optional": set(),
+    "_files": set(),
+    "_on_import": set(),
+    "_adapter_files": {"lorad", "_files"},
+    "shapes": {"_optional"},
+    "loaders": {"lorad", "_adapter_files", "_files"},
+    "pipelines": {"lorad", "loaders", "schedulers", "_adapter_files", "_files"},
+    "distillation": {"lorad", "loaders", "schedulers", "shapes", "_adapter_files", "_files"},
+    "cli": {"pipelines", "shapes", "loaders", "schedulers", "_files", "_optional"},
+}
+OPTIONAL = {"scipy", "matplotlib", "gradio", "controlnet_aux", "datasets", "torch_fidelity", "open_clip", "bitsandbytes"}
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(absolute module name, whether at the top level of the module) of every import in a file."""
+    package = ["diffusers_wadi", *path.relative_to(PACKAGE).parts[:-1]]
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in tree.body) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            found.append((module, node in tree.body))
+            if module == "diffusers_wadi":
+                found += [(f"{module}.{alias.name}", node in tree.body) for alias in node.names]
+    return found
+
+
+def part_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_parts_import_only_the_parts_below_them(path):
+    part = part_of(path)
+    assert part in ALLOWED, f"{part} is not in the table of parts: add it with what it may import"
+    used = {name.split(".")[1] for name, _ in imports(path) if name.startswith("diffusers_wadi.")}
+    assert used <= ALLOWED[part] | {part}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_packages_are_imported_at_use(path):
+    assert not {name.split(".")[0] for name, top in imports(path) if top} & OPTIONAL
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 350
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            limit = 130 if node.name == "__call__" else 60
+            assert node.end_lineno - node.lineno < limit, f"{path.name}: {node.name} is too long"
+
+
+def test_loaded_files_are_data():
+    """No pickle that could run code, no remote code on our own initiative."""
+    for path in [*SOURCES, *(ROOT / "training").glob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+                assert keywords.get("weights_only") == "True", f"{path.name}:{node.lineno}"
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert not (isinstance(node.value, ast.Constant) and node.value.value), f"{path.name}:{node.lineno}"
