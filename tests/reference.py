@@ -47,10 +47,13 @@ def reference_parameter_count(model: torch.nn.Module, chosen, r: int) -> int:
             total += r * outputs + r * inputs // 2
     return total
 
+
 # --- VSD ---
 
 
-def reference_rotated_parameters(unet: torch.nn.Module, factors: dict[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+def reference_rotated_parameters(
+    unet: torch.nn.Module, factors: dict[str, tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
     """The UNet's parameters with the weights of some modules turned by A @ B, column by column, by plain autograd."""
     parameters = {name: value.detach() for name, value in unet.named_parameters()}
     for module, (A, B) in factors.items():
@@ -96,7 +99,10 @@ def reference_vsd_iteration(
         return without + scale * (with_words - without)
 
     end = a[-1] if terminal is None else terminal
-    x0 = [(z[i] - math.sqrt(1 - end) * predict(student, z[i], len(a) - 1, text[i])) / math.sqrt(end) for i in range(count)]
+    x0 = [
+        (z[i] - math.sqrt(1 - end) * predict(student, z[i], len(a) - 1, text[i])) / math.sqrt(end)
+        for i in range(count)
+    ]
     pulls = []
     for i in range(count):
         signal, noise_level = math.sqrt(a[t[i]]), math.sqrt(1 - a[t[i]])
@@ -113,11 +119,15 @@ def reference_vsd_iteration(
     pull = torch.stack(pulls)
     images = torch.stack(x0)
     # The loss 1/2 mean((x0 - sg(x0 - pull))^2) has the gradient pull / numel in x0 and the value 1/2 mean(pull^2).
-    student_grads = torch.autograd.grad((images * pull).sum() / images.numel(), [p for ab in student.values() for p in ab])
+    student_grads = torch.autograd.grad(
+        (images * pull).sum() / images.numel(), [p for ab in student.values() for p in ab]
+    )
     terms = []
     for i in range(count):
         signal, noise_level = math.sqrt(a[fake_t[i]]), math.sqrt(1 - a[fake_t[i]])
-        error = predict(fake, signal * x0[i].detach() + noise_level * fake_noise[i], fake_t[i], text[i]) - fake_noise[i]
+        error = (
+            predict(fake, signal * x0[i].detach() + noise_level * fake_noise[i], fake_t[i], text[i]) - fake_noise[i]
+        )
         terms.append(((signal if alpha_weight else 1.0) * error) ** 2)
     fake_loss = torch.stack(terms).mean()
     fake_grads = torch.autograd.grad(fake_loss, [p for ab in fake.values() for p in ab])

@@ -155,7 +155,7 @@ def vae_loss(vae, pixels: torch.Tensor, generator: torch.Generator, kl_weight: f
 
 
 def train_vae(args: argparse.Namespace, images: np.ndarray):
-    """Trains the VAE and returns it, averaged weights in, with its `scaling_factor` set to 1 / std of the latents."""
+    """Trains the VAE and returns it with averaged weights, frozen."""
     torch.manual_seed(args.seed)
     vae = shapes_models.build_vae().to(args.device)
     vae.set_attn_processor(AttnProcessor())
@@ -177,11 +177,30 @@ def train_vae(args: argparse.Namespace, images: np.ndarray):
 
 @torch.no_grad()
 def encode_images(vae, images: np.ndarray, args: argparse.Namespace) -> torch.Tensor:
-    """Posterior means (n, 4, 8, 8), float32, unscaled."""
+    """Posterior means (n, 4, 8, 8), float32."""
     batches = [images[i : i + 256] for i in range(0, len(images), 256)]
     with autocast(args):
         means = [vae.encode(to_pixels(b, args.device)).latent_dist.mean for b in tqdm(batches, desc="Encoding")]
     return torch.cat(means).float()
+
+
+@torch.no_grad()
+def standardise_latents(vae, latents: torch.Tensor) -> torch.Tensor:
+    """Gives every latent channel mean 0 and std 1, folded into the VAE's 1x1 convolutions, so `scaling_factor` is 1.
+
+    Exact: the encoder's last convolution makes means and log-variances per channel, the decoder's first one undoes it.
+    Stock pipelines know one scaling factor and no shift, and channels of unequal size would not be noised equally.
+    """
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    out, back = vae.quant_conv, vae.post_quant_conv
+    out.bias[:channels] = (out.bias[:channels] - mean) / std
+    out.weight[:channels] /= std[:, None, None, None]
+    out.bias[channels:] -= 2 * std.log()
+    back.bias += torch.einsum("oi,i->o", back.weight[:, :, 0, 0], mean)
+    back.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
+    return (latents - mean[:, None, None]) / std[:, None, None]
 
 
 # --- stage 2: text encoder and UNet ------------------------------------------------------------------------------------
@@ -198,7 +217,7 @@ def epsilon_loss(unet, text_encoder, scheduler, latents, tokens, generator, powe
 
 
 def train_unet(args: argparse.Namespace, vae, latents: torch.Tensor, captions: list[str]):
-    """Trains UNet and text encoder together on scaled latents; returns the pipeline with averaged weights."""
+    """Trains UNet and text encoder together on latents; returns the pipeline with averaged weights."""
     torch.manual_seed(args.seed + 1)
     tokenizer = shapes_models.build_tokenizer()
     text_encoder = shapes_models.build_text_encoder(tokenizer).to(args.device)
@@ -278,9 +297,9 @@ def main(args: argparse.Namespace) -> None:
     images = render_scenes(scenes, args.seed)
     vae = train_vae(args, images)
     latents = encode_images(vae, images, args)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 6))
-    print(f"Latents: mean {latents.mean().item():.3f}, std {latents.std().item():.3f}")
-    pipeline = train_unet(args, vae, latents * vae.config.scaling_factor, [scene.caption for scene in scenes])
+    print("Latents: std of each channel", [round(x, 3) for x in latents.std(dim=(0, 2, 3)).tolist()])
+    latents = standardise_latents(vae, latents)
+    pipeline = train_unet(args, vae, latents, [scene.caption for scene in scenes])
     save_pipeline(pipeline, output / "pipeline")
     print(f"Wrote {output / 'pipeline'}")
 

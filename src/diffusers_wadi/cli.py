@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers_wadi import __version__
+import diffusers_wadi
 from diffusers_wadi._files import writable_folder, written_beside
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="wadi", description="One-step text-to-image generation with LoRaD.")
-    parser.add_argument("--version", action="version", version=f"diffusers-wadi {__version__}")
+    parser.add_argument("--version", action="version", version=f"diffusers-wadi {diffusers_wadi.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_generate(commands)
     return parser
@@ -112,7 +112,8 @@ def _load(args: argparse.Namespace) -> tuple[Any, str]:
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    from diffusers_wadi import WaDiPipeline, bundled_checkpoint
+    from diffusers_wadi.pipelines import WaDiPipeline
+    from diffusers_wadi.shapes import bundled_checkpoint
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -164,7 +165,7 @@ def _save(image: Any, path: Path, notes: dict[str, str]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
-    for key, value in {**notes, "software": f"diffusers-wadi {__version__}"}.items():
+    for key, value in {**notes, "software": f"diffusers-wadi {diffusers_wadi.__version__}"}.items():
         info.add_itxt(key, value)
     with written_beside(path) as temporary:
         image.save(temporary, **({"pnginfo": info} if path.suffix.lower() == ".png" else {}))

@@ -74,12 +74,14 @@ def test_gradient_checkpointing_recomputes_in_the_right_role():
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(student_gradients(networks), expected))
 
 
+@pytest.mark.slow
 def test_compiled_network_follows_the_roles():
-    expected, networks = make_networks(), make_networks()
+    expected, networks = student_gradients(make_networks()), make_networks()
     networks.compile(backend="eager")  # Dynamo's tracing and guards, without minutes of code generation
-    for one, other in zip(outputs(networks), outputs(expected)):
-        assert torch.allclose(one, other, atol=1e-6)
-    torch._dynamo.reset()
+    try:
+        assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-8) for a, b in zip(student_gradients(networks), expected))
+    finally:
+        torch._dynamo.reset()
 
 
 def test_state_goes_back_in_place_or_not_at_all():

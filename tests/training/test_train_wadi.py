@@ -1,19 +1,23 @@
 """`training/train_wadi.py` end to end on a tiny random teacher."""
 
+import argparse
 import importlib.util
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from accelerate.state import AcceleratorState
+from conftest import tiny_unet
+from PIL import Image
 
-from diffusers_wadi.distillation import checkpoint
+from diffusers_wadi import WaDiPipeline, load_lorad_adapter
+from diffusers_wadi.distillation import checkpoint, regression, steps, trainer
 from diffusers_wadi.distillation.trainer import WaDiTrainer
-from diffusers_wadi.shapes.models import build_tokenizer
 
 SCRIPT = Path(__file__).parents[2] / "training" / "train_wadi.py"
-PROMPTS = ["a red circle", "a blue square", "a green star", "a large yellow heart", "a small purple ring"]
+PROMPTS = ["red", "blue", "red blue", "blue red", "a red r"]
 
 
 def load_script():
@@ -26,61 +30,21 @@ def load_script():
 train_wadi = load_script()
 
 
-def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=8,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=8,
-        attention_head_dim=2,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        norm_num_groups=2,
-    )
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    return StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=DDIMScheduler(**betas, prediction_type=prediction_type, clip_sample=False, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    tiny_pipeline().save_pretrained(folder)
-    return folder
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """accelerate refuses a second precision in one process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
-def run(teacher, tmp_path):
+def run(base_folder, tmp_path):
     """Parse flags for a tiny run; `name` is the output folder."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS))
 
     def arguments(name: str, *flags: str):
-        given = f"--pretrained_teacher_model {teacher} --train_prompts {prompts} --output_dir {tmp_path / name}"
+        given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} --output_dir {tmp_path / name}"
         sizes = "--student_rank 4 --fake_rank 2 --train_batch_size 2 --validation_steps 0"
         return train_wadi.parse_args(f"{given} {sizes}".split() + [str(flag) for flag in flags])
 
@@ -129,3 +93,241 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, flags):
     while resumed.step < resumed.total_steps:
         resumed.update()
     assert_same(state_of(whole), state_of(resumed))
+
+
+def test_resuming_with_other_flags_is_refused(run):
+    WaDiTrainer(run("a", "--max_train_steps", 1)).train()
+    resume = ("--max_train_steps", 2, "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="--use_ema"):
+        WaDiTrainer(run("a", *resume, "--use_ema"))
+    with pytest.raises(ValueError, match="do not fit the student"):
+        WaDiTrainer(run("a", *resume, "--student_rank", 3))
+    with pytest.raises(ValueError, match="--seed"):
+        WaDiTrainer(run("a", *resume, "--seed", 5))
+    with pytest.raises(FileNotFoundError, match="checkpoint-7"):
+        WaDiTrainer(run("a", "--resume_from_checkpoint", "checkpoint-7"))
+    assert WaDiTrainer(run("fresh", *resume)).step == 0  # "latest" where there is none yet
+
+
+def test_exported_student_runs_in_the_pipeline(run, base_folder):
+    """What training validates is what a user gets, with the averaged weights."""
+    args = run("out", *"--max_train_steps 2 --use_ema --learning_rate 0.1 --validation_steps 1".split())
+    trained = WaDiTrainer(args)
+    trained.train()
+    output = Path(args.output_dir)
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(base_folder) and config["r"] == 4
+    assert sorted(path.name for path in (output / "samples").iterdir()) == [f"step-{i:06d}.png" for i in range(3)]
+    assert Image.open(output / "samples" / "step-000002.png").size == (5 * 64, 64)
+
+    z = torch.randn(2, 4, 8, 8)
+    text = trained.embeddings.at(torch.tensor([1, 2]))
+    with torch.no_grad(), trained.averaged_student():
+        x0 = trainer.losses.student_x0(trained.networks.student, z, text, trained.schedule)
+        x0_raw_base = trainer.losses.student_x0(trained.networks.teacher, z, text, trained.schedule)
+    pipe = WaDiPipeline.from_pretrained(output)
+    latents = pipe(PROMPTS[1:3], latents=z, output_type="latent").images
+    assert torch.allclose(latents, x0, rtol=1e-3, atol=1e-3) and not torch.allclose(x0, x0_raw_base, atol=0.1)
+
+
+def test_checkpoint_adapters_load_by_themselves(run):
+    args = run("out", "--max_train_steps", 1, "--use_ema")
+    trained = WaDiTrainer(args)
+    trained.train()
+    folder = Path(args.output_dir) / "checkpoint-1"
+    names = ["fake", "student", "student_ema", checkpoint.STATE_FILE]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    for role in names[:3]:
+        load_lorad_adapter(tiny_unet(), folder / role, "default")
+
+
+def test_rotation_and_a_finished_run(run):
+    flags = "--max_train_steps 4 --checkpointing_steps 1 --checkpoints_total_limit 2".split()
+    train_wadi.main(run("out", *flags))
+    args = run("out", *flags, "--resume_from_checkpoint", "latest")
+    assert [path.name for path in checkpoint.list_checkpoints(args.output_dir)] == ["checkpoint-3", "checkpoint-4"]
+    (Path(args.output_dir) / "adapter_config.json").unlink()
+    train_wadi.main(args)  # nothing left to do but the export
+    assert (Path(args.output_dir) / "adapter_config.json").is_file()
+
+
+# samples through the UNet for each caption of a step: student 1, teacher 2, fake 2, fake's training 1
+PASSES = {
+    "release": ((), 4, 6),
+    "fake unguided": (("--fake_guidance_scale", 1), 4, 5),
+    "three fakes": (("--fake_updates_per_step", 3), 8, 10),
+    "with regression": (("--regression_weight", 1), 5, 7),
+}
+
+
+@pytest.mark.parametrize("flags, calls, passes", PASSES.values(), ids=PASSES)
+def test_a_step_makes_no_needless_passes(run, flags, calls, passes):
+    small = ("--warmup_regression_pairs", 2, "--warmup_num_inference_steps", 1)
+    training = WaDiTrainer(run("out", "--max_train_steps", 1, *small, *flags))
+    sizes = []
+    training.networks.unet.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    training.update()
+    assert (len(sizes), sum(sizes)) == (calls, 2 * passes)
+
+
+def test_the_fake_trains_on_the_images_of_the_student_before_its_update(run, monkeypatch):
+    training = WaDiTrainer(run("out", *"--max_train_steps 1 --fake_updates_per_step 2 --learning_rate 1".split()))
+    events = []
+    for name in ("student_loss", "fake_loss"):
+        original = getattr(steps.WaDiSteps, name)
+
+        def recorded(self, x0, text, name=name, original=original):
+            events.append((name, x0.detach().clone(), text))
+            return original(self, x0, text)
+
+        monkeypatch.setattr(steps.WaDiSteps, name, recorded)
+    training.update()
+    assert [event[0] for event in events] == ["fake_loss", "student_loss", "fake_loss"]
+    assert torch.equal(events[1][1], events[2][1]) and torch.equal(events[1][2], events[2][2])
+    assert not torch.equal(events[0][1], events[1][1]) and not torch.equal(events[0][2], events[1][2])
+
+
+def test_accumulation_takes_further_prompts(run):
+    training = WaDiTrainer(run("out", *"--max_train_steps 2 --gradient_accumulation_steps 2".split()))
+    training.update()
+    assert training.steps.order.position == 4
+
+
+def test_low_precision_and_memory_options_train(run):
+    flags = (
+        "--max_train_steps 2 --mixed_precision bf16 --gradient_checkpointing --channels_last --embedding_dtype fp16"
+    )
+    training = WaDiTrainer(run("out", *flags.split(), "--max_cached_prompts", 1, "--empty_prompts_per", "sample"))
+    before = [parameter.detach().clone() for parameter in training.networks.student_parameters()]
+    training.train()
+    after = training.networks.student_parameters()
+    assert all(p.isfinite().all() and p.dtype == torch.float32 for p in after)
+    assert any(not torch.equal(*pair) for pair in zip(before, after))
+
+
+def test_warm_start_learns_the_teachers_samples(run):
+    flags = "--warmup_regression_steps 40 --warmup_regression_pairs 2 --warmup_num_inference_steps 3"
+    args = run("out", *flags.split(), "--max_train_steps", 0, "--warmup_learning_rate", 0.03)
+    training = WaDiTrainer(args)
+    first, last = training.update(), [training.update() for _ in range(39)][-1]
+    assert last["regression_loss"] < 0.9 * first["regression_loss"]
+    assert training.steps.warmup.lr_scheduler.get_last_lr()[0] < 1e-3  # cosine, down to 0
+
+
+def test_pairs_are_made_once_for_the_same_settings(run, monkeypatch):
+    flags = "--warmup_regression_steps 1 --warmup_regression_pairs 3 --warmup_num_inference_steps 2".split()
+    pairs = WaDiTrainer(run("out", *flags)).steps.pairs
+    monkeypatch.setattr(regression, "make_pairs", lambda *args, **kwargs: pytest.fail("sampled again"))
+    again = WaDiTrainer(run("out", *flags)).steps.pairs
+    assert torch.equal(pairs.target, again.target) and torch.equal(pairs.noise, again.noise)
+    with pytest.raises(pytest.fail.Exception):
+        WaDiTrainer(run("out", *flags, "--warmup_guidance_scale", 2))
+
+
+def test_students_can_start_from_an_adapter(run):
+    first = WaDiTrainer(run("first", "--max_train_steps", 1, "--learning_rate", 0.1))
+    first.train()
+    second = WaDiTrainer(run("second", "--init_student", first.args.output_dir))
+    pairs = zip(first.networks.student_parameters(), second.networks.student_parameters())
+    assert all(torch.equal(*pair) for pair in pairs)
+    with pytest.raises(ValueError, match="--student_rank 4"):
+        WaDiTrainer(run("third", "--init_student", first.args.output_dir, "--student_rank", 8))
+
+
+def test_teachers_that_predict_velocity_are_refused(run, base_folder, tmp_path):
+    shutil.copytree(base_folder, tmp_path / "v")
+    file = tmp_path / "v" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(ValueError, match="v_prediction"):
+        WaDiTrainer(run("out", "--pretrained_teacher_model", tmp_path / "v"))
+
+
+BAD_FLAGS = {
+    "--student_rank 0": "student_rank is 0, expected at least 1",
+    "--learning_rate 0": "learning_rate is 0.0, expected more than 0",
+    "--proportion_empty_prompts 2": "from 0 to 1",
+    "--terminal_alpha_cumprod 1": "between 0 and 1",
+    "--min_timestep 500 --max_timestep 400": "--min_timestep 500 is above --max_timestep 400",
+    "--shapes_captions 5": "exactly one of",
+    "--report_to nosuchtracker": "not installed",
+    "--init_student nowhere": "does not exist",
+}
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS)
+def test_bad_flags_are_refused_at_once(run, flags):
+    with pytest.raises(ValueError, match=BAD_FLAGS[flags]):
+        run("out", *flags.split())
+
+
+def test_bad_settings_that_need_the_teacher(run):
+    with pytest.raises(ValueError, match="max_timestep is 1000.*ends at 999"):
+        WaDiTrainer(run("out", "--max_timestep", 1000))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        WaDiTrainer(run("out", "--resolution", 100))
+
+
+def test_output_folder_that_cannot_be_written(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--output_dir .* cannot be written"):
+        run("file/out")
+
+
+def test_divergence_stops_the_run(run):
+    training = WaDiTrainer(run("out", "--max_train_steps", 3, "--logging_steps", 1))
+    training.networks.student_parameters()[0].data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="vsd_loss is nan at step 1"):
+        training.train()
+
+
+def test_shapes_captions_as_prompts(tmp_path):
+    args = argparse.Namespace(shapes_captions=30, seed=0)
+    prompts = trainer.load_prompts(args)
+    assert 10 < len(prompts) <= 30 and prompts == trainer.load_prompts(args)
+
+
+RELEASE = {
+    "guidance_scale": 1.5,
+    "student_rank": 256,
+    "fake_rank": 32,
+    "score_weighting": "sigma2",
+    "fake_loss_weighting": "alpha2",
+    "fake_updates_per_step": 1,
+    "min_timestep": 20,
+    "max_timestep": 980,
+    "fake_min_timestep": 0,
+    "proportion_empty_prompts": 0.1,
+    "empty_prompts_per": "batch",
+    "train_batch_size": 16,
+    "num_train_epochs": 2,
+    "learning_rate": 1e-4,
+    "fake_learning_rate": 1e-2,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 0.0,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "ema_decay": 0.999,
+    "use_ema": False,
+    "regression_weight": 0.0,
+    "warmup_regression_steps": 0,
+}
+
+
+def test_defaults_are_the_releases(tmp_path):
+    required = f"--pretrained_teacher_model t --train_prompts p --output_dir {tmp_path}"
+    defaults = vars(train_wadi.parse_args(required.split()))
+    assert {name: defaults[name] for name in RELEASE} == RELEASE
+    assert defaults["fake_guidance_scale"] is None  # the teacher's
+
+
+def test_every_flag_is_explained_and_used(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train_wadi.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    required = f"--pretrained_teacher_model t --train_prompts p --output_dir {tmp_path}"
+    sources = "".join(Path(module.__file__).read_text() for module in (steps, trainer)) + SCRIPT.read_text()
+    for name in vars(train_wadi.parse_args(required.split())):
+        assert f"--{name}" in shown and f"args.{name}" in sources, name

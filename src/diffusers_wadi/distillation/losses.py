@@ -5,7 +5,7 @@ T = number of training timesteps; eps predictions of the teacher, of the fake-sc
 A ``Predict`` is ``(x_t (B, C, H, W), t (B,), text (B, L, D)) -> eps (B, C, H, W)``, e.g. a role of
 :class:`~diffusers_wadi.distillation.networks.WaDiNetworks`.
 
-Everything here runs in float32, whatever the networks run in: at t = T - 1 the student's prediction is divided by
+Everything here runs in float32 (or wider), whatever the networks run in: at t = T - 1 the student's prediction is divided by
 alpha_T = 0.068, which multiplies every rounding error by 14.6.
 """
 
@@ -90,7 +90,7 @@ class NoiseSchedule:
 def student_x0(student: Predict, noise: Tensor, text: Tensor, schedule: NoiseSchedule) -> Tensor:
     """The one-step image: x0 = (z - sigma_T eps(z, T - 1, c)) / alpha_T, float32 (SwiftBrush; authors' release)."""
     t = torch.full((noise.shape[0],), schedule.num_timesteps - 1, dtype=torch.long, device=noise.device)
-    eps = student(noise, t, text).float()
+    eps = _wide(student(noise, t, text))
     return (noise - schedule.terminal_sigma * eps) / schedule.terminal_alpha
 
 
@@ -101,8 +101,9 @@ def guided_prediction(predict: Predict, x_t: Tensor, t: Tensor, text: Tensor, em
         text, empty: (B, L, D) and (1, L, D) embeddings of the captions and of the empty prompt.
     """
     if scale == 1.0:
-        return predict(x_t, t, text).float()
-    both = predict(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty.expand_as(text), text])).float()
+        return _wide(predict(x_t, t, text))
+    texts = torch.cat([empty.expand_as(text), text])
+    both = _wide(predict(torch.cat([x_t, x_t]), torch.cat([t, t]), texts))
     uncond, cond = both.chunk(2)
     return uncond + scale * (cond - uncond)
 
@@ -180,7 +181,7 @@ def fake_score_loss(
     if weighting not in FAKE_WEIGHTINGS:
         raise ValueError(f"fake loss weighting {weighting!r} is unknown, expected one of {FAKE_WEIGHTINGS}.")
     x_t = schedule.add_noise(x0.detach(), noise, t)
-    residual = fake(x_t, t, text).float() - noise
+    residual = _wide(fake(x_t, t, text)) - noise
     if weighting == "alpha2":
         residual = schedule.at(t)[0] * residual
     loss = residual.square().mean()
@@ -200,3 +201,8 @@ def regression_loss(x0: Tensor, target: Tensor, kind: str = "mse", huber_delta: 
     else:
         raise ValueError(f"regression loss {kind!r} is unknown, expected one of {REGRESSION_LOSSES}.")
     return loss, {"regression_loss": loss.detach()}
+
+
+def _wide(eps: Tensor) -> Tensor:
+    """float32, or float64 if it is that already."""
+    return eps.to(torch.promote_types(eps.dtype, torch.float32))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.training_utils import EMAModel
@@ -315,7 +315,7 @@ class WaDiTrainer:
         """Write ``checkpoint-<step>`` and remove old ones."""
         folder = self.output_dir / f"checkpoint-{self.step}"
         # Every process's generators, gathered by the main one: a single writer can rename the folder when it is whole.
-        randoms = gather_objects(self.accelerator, [checkpoint.random_states(), self.steps.generator.get_state()])
+        randoms = gather_object([[checkpoint.random_states(), self.steps.generator.get_state()]])
         if self.accelerator.is_main_process:
             checkpoint.write_folder(folder, lambda partial: self._write_checkpoint(partial, randoms))
             checkpoint.remove_old_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
@@ -344,12 +344,3 @@ class WaDiTrainer:
             checkpoint.set_random_states(randoms[rank][0])
             self.steps.generator.set_state(randoms[rank][1])
         logger.info("resumed from %s at step %d", folder, self.step)
-
-
-def gather_objects(accelerator: Accelerator, item: list) -> list[list]:
-    """``item`` of every process, in their order."""
-    if accelerator.num_processes == 1:
-        return [item]
-    everyone: list = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(everyone, item)
-    return everyone
