@@ -93,6 +93,18 @@ def test_ranks_may_differ(unet, tmp_path):
     assert torch.equal(predict(unet), predict(other))
 
 
+def test_a_half_precision_file_is_half_as_large_and_loads_as_float32(unet, adapter_folder, tmp_path):
+    load_lorad_adapter(unet, adapter_folder)
+    exact = predict(unet)
+    save_lorad_adapter(unet, tmp_path, dtype=torch.float16)
+    assert {t.dtype for t in load_file(tmp_path / WEIGHTS).values()} == {torch.float16}
+    unet.delete_adapters("default")
+    load_lorad_adapter(unet, tmp_path)
+    factors = [p for name, p in unet.named_parameters() if ".lorad_" in name]
+    assert factors and {p.dtype for p in factors} == {torch.float32}
+    assert 0 < (predict(unet) - exact).abs().max() < 1e-2 * exact.abs().max()
+
+
 def test_second_adapter_becomes_active_and_taken_name_is_refused(unet, adapter_folder):
     add_random_adapter(unet, "first", seed=9)
     only_first = predict(unet)

@@ -22,7 +22,16 @@ ALLOWED = {
     "distillation": {"lorad", "loaders", "schedulers", "shapes", "_adapter_files", "_files"},
     "cli": {"pipelines", "shapes", "loaders", "schedulers", "_files", "_optional"},
 }
-OPTIONAL = {"scipy", "matplotlib", "gradio", "controlnet_aux", "datasets", "torch_fidelity", "open_clip", "bitsandbytes"}
+OPTIONAL = {
+    "scipy",
+    "matplotlib",
+    "gradio",
+    "controlnet_aux",
+    "datasets",
+    "torch_fidelity",
+    "open_clip",
+    "bitsandbytes",
+}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

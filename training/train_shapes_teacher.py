@@ -8,6 +8,7 @@ from the last checkpoint. `training/README.md` has the command of the bundled te
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -281,6 +282,9 @@ def save_pipeline(pipeline, folder: Path) -> None:
     """fp16 weights of stock classes, whole or absent: the folder is written beside and renamed."""
     beside = folder.with_name(folder.name + ".tmp")
     pipeline.to(torch.float16).save_pretrained(beside)
+    # Loaded without a dtype, diffusers' models come as float32 but transformers' as their config says: make these agree.
+    config = beside / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     if folder.exists():
         os.replace(folder, folder.with_name(f"{folder.name}.replaced-{os.getpid()}"))
     os.replace(beside, folder)

@@ -43,6 +43,7 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     _flag(g, "variant", None, "Weights variant of the teacher, e.g. fp16")
     _flag(g, "base_model_name_or_path", None, "Base named in the exported adapter's config; None: the teacher flag")
     _flag(g, "output_dir", "wadi-model", "Where student, checkpoints and samples go")
+    _flag(g, "adapter_dtype", "fp32", "Of the exported student's file; training is fp32", choices=("fp32", "fp16"))
     _flag(g, "train_prompts", None, "Prompts: .txt, one per line, or .json, a list of strings")
     _flag(g, "shapes_captions", None, "Instead of a file: this many Shapes World captions", type=int)
     _flag(g, "max_cached_prompts", 20_000, "With more prompts, text is encoded at each step instead of once")
@@ -131,6 +132,13 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(
         g, "base_dtype", None, "Of the frozen UNet; None: as mixed_precision, fp32 on the CPU", choices=tuple(DTYPES)
+    )
+    _flag(
+        g,
+        "attention",
+        "auto",
+        "sdpa: torch's fused attention; plain: matrix products and softmax; auto: plain on the CPU, else sdpa",
+        choices=("auto", "sdpa", "plain"),
     )
     _flag(g, "gradient_checkpointing", False, "Recompute activations in backward")
     _flag(g, "torch_compile", False, "Compile the UNet, once per role")

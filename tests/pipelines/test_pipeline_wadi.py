@@ -323,6 +323,26 @@ assert not any(name.startswith("diffusers_wadi") for name in sys.modules)
 """
 
 
+def test_a_folder_saved_in_half_precision_loads_without_a_dtype(pipe, tmp_path):
+    pipe.to(torch.float16).save_pretrained(tmp_path / "half")
+    for loaded in (
+        StableDiffusionPipeline.from_pretrained(tmp_path / "half"),
+        WaDiPipeline.from_pretrained(tmp_path / "half"),
+    ):
+        assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
+        assert np.isfinite(stock_draw(loaded)).all()
+    half = StableDiffusionPipeline.from_pretrained(tmp_path / "half", torch_dtype=torch.float16)
+    assert {half.unet.dtype, half.text_encoder.dtype} == {torch.float16}
+
+
+def test_a_base_in_half_precision_loads_as_float32(pipe, tmp_path):
+    stock = StableDiffusionPipeline(**{**pipe.components, "unet": tiny_unet()}, requires_safety_checker=False)
+    stock.to(torch.float16).save_pretrained(tmp_path / "stock")
+    loaded = WaDiPipeline.from_pretrained(tmp_path / "stock")
+    assert {loaded.unet.dtype, loaded.vae.dtype, loaded.text_encoder.dtype} == {torch.float32}
+    assert np.isfinite(draw(loaded)).all()
+
+
 def test_saved_folder_is_stock_and_gives_the_same_pixels_without_us(pipe, tmp_path):
     pipe.fuse_lorad()
     folder = tmp_path / "new" / "saved"

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from diffusers.image_processor import VaeImageProcessor
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from diffusers.utils import make_image_grid
 from torch import Tensor, nn
@@ -137,6 +138,9 @@ class WaDiTrainer:
         fake = lorad_config(unet, FAKE, args.fake_rank)
         self.networks = WaDiNetworks(unet, student, fake, self.accelerator.autocast)
         unet.to(self.device)
+        # On a CPU the backward of fused attention takes longer than all the rest of a small UNet.
+        if args.attention == "plain" or (args.attention == "auto" and self.device.type == "cpu"):
+            unet.set_attn_processor(AttnProcessor())
         if args.channels_last:
             unet.to(memory_format=torch.channels_last)
         if args.gradient_checkpointing:
@@ -296,15 +300,15 @@ class WaDiTrainer:
 
     # --- saving ---
 
-    def save_adapter(self, folder: Path, role: str) -> None:
+    def save_adapter(self, folder: Path, role: str, dtype: torch.dtype | None = None) -> None:
         """Write the adapter of ``role`` in the native format."""
         base = self.args.base_model_name_or_path or self.args.pretrained_teacher_model
-        save_lorad_adapter(self.networks.unet, folder, adapter_name=role, base_model_name_or_path=base)
+        save_lorad_adapter(self.networks.unet, folder, role, base_model_name_or_path=base, dtype=dtype)
 
     def export(self) -> None:
         """The student (its average if one is kept) and its scheduler into the output folder."""
         with self.averaged_student():
-            self.save_adapter(self.output_dir, STUDENT)
+            self.save_adapter(self.output_dir, STUDENT, DTYPES[self.args.adapter_dtype])
         self.student_scheduler.save_pretrained(self.output_dir / "scheduler")
         logger.info("student written to %s", self.output_dir)
 

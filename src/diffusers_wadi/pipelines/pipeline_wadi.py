@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_wadi._files import folder_written_beside
 from diffusers_wadi.loaders import LoRaDLoaderMixin, lorad_layers
 from diffusers_wadi.pipelines._loading import load_adapter_pipeline, load_complete_pipeline, resolve_source
+from diffusers_wadi.pipelines._saving import default_to_float32, without_adapters
 from diffusers_wadi.schedulers import check_one_step_scheduler, one_step_scheduler
 
 logger = logging.get_logger(__name__)
@@ -74,7 +75,7 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
             subfolder (`str`, *optional*):
                 Folder inside `pretrained_model_name_or_path` to load from.
             **kwargs:
-                As in [`DiffusionPipeline.from_pretrained`]: `dtype` or `torch_dtype`, `variant`, `revision`, `token`,
+                As in [`DiffusionPipeline.from_pretrained`]: `dtype` or `torch_dtype` (default float32), `variant`, `revision`, `token`,
                 `cache_dir`, `local_files_only`, `force_download`, components to replace, ... They apply to the base
                 pipeline; those that concern the Hub also to the adapter, except that `revision` is the adapter's.
 
@@ -89,6 +90,9 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
             ValueError: the adapter does not fit the base model, or the base model does not predict epsilon.
         """
         plain = super().from_pretrained
+        if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
+            # Else diffusers' models come as float32 but transformers' in the dtype of their config, and do not fit.
+            kwargs["dtype"] = torch.float32
         source = resolve_source(pretrained_model_name_or_path, base_model, subfolder, kwargs)
         if source.adapter_config is None:
             pipe = load_complete_pipeline(plain, source, kwargs)
@@ -239,10 +243,11 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.name)  # else diffusers would take the temporary folder's name
         with folder_written_beside(target) as staged:
-            parts = self.components | {"unet": _without_adapters(self.unet)}
+            parts = self.components | {"unet": without_adapters(self.unet)}
             safety = {"requires_safety_checker": self.config.requires_safety_checker}
             stock = StableDiffusionPipeline(**parts, **safety)
             stock.save_pretrained(str(staged), safe_serialization=safe_serialization, **kwargs)
+            default_to_float32(staged / "text_encoder" / "config.json")
 
     def _repair_scheduler(self) -> None:
         try:
@@ -317,21 +322,6 @@ def _is_acting(layer: BaseTunerLayer) -> bool:
 def _angle_parameters(pipe: WaDiPipeline) -> list[torch.nn.Parameter]:
     layers = lorad_layers(pipe.unet) if isinstance(pipe.unet, torch.nn.Module) else ()
     return [p for layer in layers for p in (*layer.lorad_A.values(), *layer.lorad_B.values())]
-
-
-def _without_adapters(unet: torch.nn.Module) -> torch.nn.Module:
-    """The UNet as plain modules: itself if it has no adapters, else a copy with the active ones fused."""
-    layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-    if not layers:
-        return unet
-    plain = copy.deepcopy(unet)
-    for layer in (module for module in plain.modules() if isinstance(module, BaseTunerLayer)):
-        if layer.disable_adapters and layer.merged:
-            layer.unmerge()
-        elif not layer.disable_adapters and not layer.merged:
-            layer.merge(safe_merge=True)
-    plain.unload_lora()
-    return plain
 
 
 def register_auto_pipelines() -> None:
