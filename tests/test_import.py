@@ -6,10 +6,8 @@ import sys
 import pytest
 
 PACKAGE_FIRST = """
-import importlib.util, sys, time, diffusers
-start = time.perf_counter()
+import importlib.util, sys, diffusers
 import diffusers_wadi
-print("seconds", time.perf_counter() - start)
 assert not {"peft", "transformers", "accelerate"} & set(sys.modules)  # what would make it slow
 importlib.util.find_spec("peft")  # only asking must not use up the registration
 import peft
@@ -36,11 +34,9 @@ assert known["wadi"].__name__ == "StableDiffusionImg2ImgPipeline"
 
 
 @pytest.mark.parametrize("code", [PACKAGE_FIRST, PEFT_FIRST, PARTS_FIRST], ids=["package", "peft", "parts"])
-def test_import_registers_in_any_order_and_is_cheap(code):
+def test_import_registers_in_any_order_and_brings_nothing_slow(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    if "seconds" in done.stdout:
-        assert float(done.stdout.split()[1]) < 1
 
 
 def test_unknown_name():
