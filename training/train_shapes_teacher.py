@@ -21,10 +21,11 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import get_wsd_schedule
 
+from diffusers_wadi._optional import require
 from diffusers_wadi.shapes import judge_image
 from diffusers_wadi.shapes import models as shapes_models
 from diffusers_wadi.shapes.renderer import render_scenes
-from diffusers_wadi.shapes.scenes import heldout_captions, training_scenes
+from diffusers_wadi.shapes.scenes import RELATIONS, heldout_captions, training_scenes
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -52,6 +53,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         default=0.75,
         help="The epsilon loss at t is weighted by alphas_cumprod[t] ** -POWER: 0 is the plain loss, 1 the v-prediction "
         "loss. The one-step student lives at the last timestep, where the plain loss hardly looks. Default: 0.75.",
+    )
+    add(
+        "--relation_loss_weight",
+        type=float,
+        default=0.1,
+        help="Weight of a classification of the relation from the text states that follow it. Without it the encoder "
+        "makes 'left of' and 'right of' one: each alone says nothing about any side. Default: 0.1.",
     )
     add("--ema_decay", type=float, default=0.999, help="Decay of the averaged weights that are saved. Default: 0.999.")
     add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints. Default: 500.")
@@ -207,13 +215,30 @@ def standardise_latents(vae, latents: torch.Tensor) -> torch.Tensor:
 # --- stage 2: text encoder and UNet ------------------------------------------------------------------------------------
 
 
-def epsilon_loss(unet, text_encoder, scheduler, latents, tokens, generator, power: float) -> torch.Tensor:
+def relation_loss(states: torch.Tensor, tokens: torch.Tensor, relation_ids: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy of the relation at every later token, read off the first channels of its state.
+
+    Sides are an exclusive or of word order and relation, so neither alone lowers the diffusion loss, and an encoder
+    trained by that loss alone forgets which relation it read. Told apart, the second shape's tokens know their side.
+
+    Args:
+        states: (n, 24, width) last hidden states. tokens: (n, 24). relation_ids: (4,) ids of the relations' first words.
+    """
+    matches = tokens[..., None] == relation_ids  # (n, 24, 4)
+    after = matches.any(-1).cumsum(1) > 0
+    labels = matches.any(1).int().argmax(-1)[:, None].expand_as(tokens)
+    if not after.any():
+        return states.new_zeros(())
+    return F.cross_entropy(3 * states[..., : len(relation_ids)].float()[after], labels[after])
+
+
+def epsilon_loss(unet, scheduler, latents, states, generator, power: float) -> torch.Tensor:
     """Epsilon-prediction loss at uniform timesteps, weighted by alphas_cumprod[t] ** -power."""
     noise = torch.randn(latents.shape, generator=generator).to(latents.device)
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
     alphas = scheduler.alphas_cumprod[timesteps].to(latents.device)
     timesteps = timesteps.to(latents.device)
-    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, text_encoder(tokens)[0]).sample
+    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
     return (F.mse_loss(prediction.float(), noise, reduction="none").mean(dim=(1, 2, 3)) * alphas**-power).mean()
 
 
@@ -228,6 +253,7 @@ def train_unet(args: argparse.Namespace, vae, latents: torch.Tensor, captions: l
     pipeline = shapes_models.build_pipeline(vae, text_encoder, tokenizer, unet)
     stage = Stage("unet", args, {"unet": unet, "text": text_encoder}, args.unet_learning_rate, args.unet_steps)
     stage.resume(args.device)
+    relation_ids = torch.tensor([tokenizer(name).input_ids[1] for name in RELATIONS], device=args.device)
     tokens, empty = shapes_models.tokenize(tokenizer, captions), shapes_models.tokenize(tokenizer, [""])[0]
     progress = tqdm(total=stage.steps, initial=stage.step, desc="UNet", mininterval=5)
     while stage.step < stage.steps:
@@ -235,15 +261,11 @@ def train_unet(args: argparse.Namespace, vae, latents: torch.Tensor, captions: l
         dropped = torch.rand(len(index), generator=stage.generator) < args.proportion_empty_prompts
         batch_tokens = torch.where(dropped[:, None], empty, tokens[index]).to(args.device)
         with autocast(args):
+            states = text_encoder(batch_tokens)[0]
+            batch = latents[index.to(latents.device)]
             loss = epsilon_loss(
-                unet,
-                text_encoder,
-                pipeline.scheduler,
-                latents[index.to(latents.device)],
-                batch_tokens,
-                stage.generator,
-                args.loss_weighting_power,
-            )
+                unet, pipeline.scheduler, batch, states, stage.generator, args.loss_weighting_power
+            ) + args.relation_loss_weight * relation_loss(states, batch_tokens, relation_ids)
         stage.step_optimizer(loss)
         progress.update()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
@@ -273,9 +295,13 @@ def validate(pipeline, args: argparse.Namespace, step: int) -> None:
     images = np.round(images * 255).astype(np.uint8)
     verdicts = [judge_image(image, caption) for image, caption in zip(images, captions)]
     right = np.mean([ok for verdict in verdicts for ok in verdict.values()])
+    related = np.mean([verdict["relation"] for verdict in verdicts if "relation" in verdict])
     whole = np.mean([all(verdict.values()) for verdict in verdicts])
     save_grid(images, Path(args.output_dir) / f"samples-{step:06d}.png")
-    print(f"\nstep {step}: {right:.1%} of attributes right, {whole:.1%} of captions wholly right", flush=True)
+    print(
+        f"\nstep {step}: {right:.1%} of attributes right, {whole:.1%} of captions wholly right, {related:.1%} of relations",
+        flush=True,
+    )
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
@@ -290,7 +316,24 @@ def save_pipeline(pipeline, folder: Path) -> None:
     os.replace(beside, folder)
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses, before hours of training, what would stop it later.
+
+    Raises:
+        ValueError: a flag that has to be at least 1 is not; with its name and value.
+        ImportError: scipy, which the judge of the validation needs, is missing.
+    """
+    for name in ("num_train_images", "vae_steps", "vae_batch_size", "unet_steps", "unet_batch_size"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1.")
+    for name in ("checkpointing_steps", "validation_steps"):
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1; a huge number means never.")
+    require("scipy.ndimage", extra="train")
+
+
 def main(args: argparse.Namespace) -> None:
+    check_args(args)
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     if not os.access(output, os.W_OK):

@@ -41,7 +41,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     g.add_argument("--pretrained_teacher_model", required=True, help="Folder or Hub id of the SD teacher pipeline.")
     _flag(g, "revision", None, "Hub revision of the teacher")
     _flag(g, "variant", None, "Weights variant of the teacher, e.g. fp16")
-    _flag(g, "base_model_name_or_path", None, "Base named in the exported adapter's config; None: the teacher flag")
+    _flag(
+        g,
+        "base_model_name_or_path",
+        None,
+        "Base named in the exported adapter's config; None: the teacher, a folder by its absolute path",
+    )
     _flag(g, "output_dir", "wadi-model", "Where student, checkpoints and samples go")
     _flag(g, "adapter_dtype", "fp32", "Of the exported student's file; training is fp32", choices=("fp32", "fp16"))
     _flag(g, "train_prompts", None, "Prompts: .txt, one per line, or .json, a list of strings")
@@ -196,6 +201,10 @@ def check_args(args: argparse.Namespace) -> None:
             raise ValueError(f"--{name} is {value}, expected {expectation}.")
     if args.min_timestep > args.max_timestep:
         raise ValueError(f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
+    if args.fake_max_timestep is not None and args.fake_min_timestep > args.fake_max_timestep:
+        raise ValueError(
+            f"--fake_min_timestep {args.fake_min_timestep} is above --fake_max_timestep {args.fake_max_timestep}."
+        )
     if (args.train_prompts is None) == (args.shapes_captions is None):
         raise ValueError("Give prompts by exactly one of --train_prompts and --shapes_captions.")
     if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:

@@ -79,3 +79,10 @@ def test_a_folder_that_cannot_be_written_is_refused_first(script, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         run(script, tmp_path / "file" / "inside")
+
+
+@pytest.mark.parametrize("flag", ["--validation_steps", "--checkpointing_steps", "--unet_steps"])
+def test_zero_steps_are_refused_first(script, tmp_path, flag):
+    with pytest.raises(ValueError, match=f"{flag} is 0"):
+        run(script, tmp_path / "out", flag, "0")
+    assert not (tmp_path / "out").exists()

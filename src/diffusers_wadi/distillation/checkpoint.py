@@ -1,8 +1,8 @@
 """Checkpoints of a distillation run: whole or absent, and enough to go on bit for bit.
 
 ``checkpoint-<step>/`` holds ``student/`` and ``fake/`` (native adapter folders, loadable by themselves),
-``student_ema/`` where an average is kept, ``training_state.pt`` (optimisers, schedules, average, data order, step)
-and ``random_states_<rank>.pt``.
+``student_ema/`` where an average is kept, and ``training_state.pt``: optimisers, schedules, average, data order, step
+and the random states of every process.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from .._adapter_files import LORAD_WEIGHT_NAME, read_lorad_file
+from .networks import FAKE, STUDENT, WaDiNetworks
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 STATE_FILE = "training_state.pt"
@@ -76,6 +79,31 @@ def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
         folder.rename(replaced)
     partial.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path, networks: WaDiNetworks, parts: dict[str, Any]) -> dict[str, Any]:
+    """Load the adapters and ``parts`` out of ``folder``.
+
+    Returns:
+        The content of ``training_state.pt``, on the CPU: ``parts`` and, one per process, ``randoms``.
+
+    Raises:
+        ValueError: the adapters do not fit ``networks``, or see :func:`restore_state`.
+    """
+    saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+    for role in (STUDENT, FAKE):
+        state, _ = read_lorad_file(folder / role / LORAD_WEIGHT_NAME)
+        networks.load_adapter_state(role, {name.removeprefix("unet."): t for name, t in state.items()})
+    restore_state(parts, saved["parts"])
+    return saved
+
+
+def lasting_name(pipeline: str) -> str:
+    """What an adapter's config has to call ``pipeline``: a local folder by its absolute path, a Hub id as it is.
+
+    A relative path would hold only for the working directory of the training.
+    """
+    return str(Path(pipeline).resolve()) if Path(pipeline).is_dir() else pipeline
 
 
 def _flush(folder: Path) -> None:

@@ -5,8 +5,8 @@ T = number of training timesteps; eps predictions of the teacher, of the fake-sc
 A ``Predict`` is ``(x_t (B, C, H, W), t (B,), text (B, L, D)) -> eps (B, C, H, W)``, e.g. a role of
 :class:`~diffusers_wadi.distillation.networks.WaDiNetworks`.
 
-Everything here runs in float32 (or wider), whatever the networks run in: at t = T - 1 the student's prediction is divided by
-alpha_T = 0.068, which multiplies every rounding error by 14.6.
+Everything here runs in float32 (or wider), whatever the networks run in: at t = T - 1 the student's prediction is
+divided by alpha_T = 0.068, which multiplies every rounding error by 14.6.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class Trainee:
     """The parameters of one network with their optimiser, schedule and gradient clipping.
 
     Args:
-        rate: peak learning rate.
+        rate: peak learning rate, which the schedule multiplies.
         lr_scheduler, warmup_steps, total_steps: of diffusers' ``get_scheduler``.
     """
 
@@ -40,6 +40,7 @@ class Trainee:
         self.accelerator = accelerator
         self.parameters = parameters
         self.max_grad_norm = args.max_grad_norm
+        self.rate = rate
         optimizer = make_optimizer(args, parameters, rate)
         self.lr_scheduler = get_scheduler(lr_scheduler, optimizer, None, warmup_steps, max(1, total_steps))
         self.optimizer = accelerator.prepare_optimizer(optimizer)
@@ -47,7 +48,7 @@ class Trainee:
     def update(self) -> Tensor:
         """Average over processes, clip, step, forget the gradients. Returns the norm before clipping."""
         if self.accelerator.num_processes > 1:
-            # The UNet is not wrapped in DDP: it runs several roles per backward pass, and only adapters have gradients.
+            # The UNet is not wrapped in DDP: it runs several roles per backward pass; only adapters have gradients.
             for parameter in self.parameters:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
         self.accelerator.unscale_gradients(self.optimizer)
@@ -55,6 +56,22 @@ class Trainee:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def use_given_rate(self) -> float | None:
+        """Replace the peak rate that a checkpoint brought by ``rate``, at the schedule's present point.
+
+        Returns:
+            The checkpoint's rate; ``None`` if that is ``rate``, and then nothing is touched.
+        """
+        (group,) = self.optimizer.param_groups
+        former = group["initial_lr"]
+        if former == self.rate:
+            return None
+        schedule = self.lr_scheduler
+        lr = self.rate * schedule.lr_lambdas[0](schedule.last_epoch)
+        group.update(initial_lr=self.rate, lr=lr)
+        schedule.base_lrs, schedule._last_lr = [self.rate], [lr]
+        return former
 
 
 def make_optimizer(args: argparse.Namespace, parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
@@ -121,6 +138,12 @@ class WaDiSteps:
             parts[f"{name}_optimizer"] = trainee and trainee.optimizer
             parts[f"{name}_lr_scheduler"] = trainee and trainee.lr_scheduler
         return parts
+
+    def use_given_rates(self) -> dict[str, tuple[float, float]]:
+        """Let the flags' learning rates hold after a checkpoint; returns name -> (checkpoint's, now) where changed."""
+        trainees = {"student": self.student, "fake": self.fake, "warmup": self.warmup}
+        former = {name: trainee.use_given_rate() for name, trainee in trainees.items() if trainee is not None}
+        return {name: (rate, trainees[name].rate) for name, rate in former.items() if rate is not None}
 
     def draw_noise(self, count: int) -> Tensor:
         """(count, C, H, W), from the run's own CPU generator, so that it is the same on every device."""

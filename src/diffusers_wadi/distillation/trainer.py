@@ -13,20 +13,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
-from diffusers.utils import make_image_grid
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from .._adapter_files import LORAD_WEIGHT_NAME, read_lorad_file
 from ..loaders import load_lorad_adapter, save_lorad_adapter
 from ..lorad import LoRaDConfig, lorad_target_modules
 from ..schedulers import one_step_scheduler
 from . import checkpoint, data, losses, regression
 from .networks import FAKE, STUDENT, WaDiNetworks
+from .samples import latents_grid
 from .steps import WaDiSteps
 
 logger = logging.getLogger(__name__)
@@ -114,7 +112,7 @@ class WaDiTrainer:
         highest = self.schedule.num_timesteps - 1
         if args.fake_max_timestep is None:
             args.fake_max_timestep = highest
-        for name in ("max_timestep", "fake_max_timestep"):
+        for name in ("max_timestep", "fake_min_timestep", "fake_max_timestep"):
             if getattr(args, name) > highest:
                 raise ValueError(f"--{name} is {getattr(args, name)}, the teacher's schedule ends at {highest}.")
 
@@ -262,7 +260,7 @@ class WaDiTrainer:
         if broken:
             raise FloatingPointError(
                 f"{broken[0]} is {values[broken[0]]} at step {self.step}. Resume from a checkpoint with lower "
-                "--learning_rate and --fake_learning_rate, or without fp16."
+                "--learning_rate and --fake_learning_rate, or start again without --mixed_precision fp16."
             )
 
     @contextmanager
@@ -288,27 +286,21 @@ class WaDiTrainer:
             x0 = losses.student_x0(self.networks.student, noise, self.validation_text, self.schedule)
         file = self.output_dir / "samples" / f"step-{self.step:06d}.png"
         file.parent.mkdir(exist_ok=True)
-        self._grid(x0).save(file)
+        latents_grid(self.vae, x0).save(file)
         return file
-
-    def _grid(self, latents: Tensor):
-        # One image at a time: the VAE's activations are what takes memory at 512 pixels.
-        images = [self.vae.decode(latent[None] / self.vae.config.scaling_factor).sample for latent in latents]
-        pictures = VaeImageProcessor().postprocess(torch.cat(images).float())
-        columns = next(n for n in (8, 7, 6, 5, 4, 3, 2, 1) if len(pictures) % n == 0)
-        return make_image_grid(pictures, rows=len(pictures) // columns, cols=columns)
 
     # --- saving ---
 
-    def save_adapter(self, folder: Path, role: str, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter of ``role`` in the native format."""
-        base = self.args.base_model_name_or_path or self.args.pretrained_teacher_model
+    def save_adapter(self, folder: Path, role: str, base: str | None = None, dtype: torch.dtype | None = None) -> None:
+        """Write the adapter of ``role`` in the native format; it names ``base``, by default the teacher."""
+        base = base or checkpoint.lasting_name(self.args.pretrained_teacher_model)
         save_lorad_adapter(self.networks.unet, folder, role, base_model_name_or_path=base, dtype=dtype)
 
     def export(self) -> None:
         """The student (its average if one is kept) and its scheduler into the output folder."""
+        args = self.args
         with self.averaged_student():
-            self.save_adapter(self.output_dir, STUDENT, DTYPES[self.args.adapter_dtype])
+            self.save_adapter(self.output_dir, STUDENT, args.base_model_name_or_path, DTYPES[args.adapter_dtype])
         self.student_scheduler.save_pretrained(self.output_dir / "scheduler")
         logger.info("student written to %s", self.output_dir)
 
@@ -336,12 +328,12 @@ class WaDiTrainer:
         torch.save({"parts": state, "randoms": randoms}, folder / checkpoint.STATE_FILE)
 
     def resume(self, folder: Path) -> None:
-        """Go on from ``folder`` as if there had been no stop."""
-        saved = torch.load(folder / checkpoint.STATE_FILE, map_location="cpu", weights_only=True)
-        for role in (STUDENT, FAKE):
-            state, _ = read_lorad_file(folder / role / LORAD_WEIGHT_NAME)
-            self.networks.load_adapter_state(role, {name.removeprefix("unet."): t for name, t in state.items()})
-        checkpoint.restore_state(self._parts(), saved["parts"])
+        """Go on from ``folder`` as if there had been no stop, except for learning rates that the flags change."""
+        saved = checkpoint.load_checkpoint(folder, self.networks, self._parts())
+        if self.ema is not None:
+            self.ema.to(self.device)  # its load_state_dict keeps the tensors where the file was read to, on the CPU
+        for name, (former, rate) in self.steps.use_given_rates().items():
+            logger.info("learning rate of %s: %g instead of the checkpoint's %g", name, rate, former)
         self.step = saved["parts"]["step"]
         rank, randoms = self.accelerator.process_index, saved["randoms"]
         if rank < len(randoms):
