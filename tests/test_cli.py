@@ -40,7 +40,8 @@ def test_size_and_dtype(adapter_folder, tmp_path, capsys):
     options = ("--model", adapter_folder, "--device", "cpu", "--dtype", "bfloat16", "--height", 72, "--width", 64)
     assert generate("red", "-o", tmp_path / "x.jpg", *options) == 0
     assert Image.open(tmp_path / "x.jpg").size == (64, 72)
-    assert "bfloat16" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "bfloat16" in said and "(seed 0)" in said  # the same image each time, if no seed is given
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,8 @@ def test_size_and_dtype(adapter_folder, tmp_path, capsys):
         (["-o", "{tmp}/x.xyz"], "expected a file ending in .png"),
         (["--height", "60", "--width", "64"], "multiples of 8, got 60 and 64"),
         (["--height", "64"], "give both or neither"),
+        (["--seed", str(2**64)], "leaves the range"),
+        (["--seed", str(2**64 - 1), "--num-images", "2"], "with 2 images leaves the range"),
     ],
 )
 def test_a_bad_request_is_refused_before_loading(tmp_path, capsys, monkeypatch, arguments, message):
@@ -73,6 +76,27 @@ def test_user_errors_are_one_line(tmp_path, capsys, arguments, message):
     assert generate("red", "-o", tmp_path / "x.png", *(argument.format(tmp=tmp_path) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("part", ["_load", "_draw"])
+def test_running_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch, part):
+    def exhaust(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
+
+    monkeypatch.setattr(cli, "_load", lambda args: (None, "model"))
+    monkeypatch.setattr(cli, part, exhaust)
+    assert generate("red", "-o", tmp_path / "x.png") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wadi: error: CUDA out of memory. Tried") and error.count("\n") == 1
+    assert "fewer --num-images" in error
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    assert cli._device("cuda:1") == torch.device("cuda:1") and cli._device("cuda") == torch.device("cuda")
+    with pytest.raises(ValueError, match="cuda:9: there are 2 of kind cuda"):
+        cli._device("cuda:9")
 
 
 def test_an_image_is_whole_or_absent(tmp_path):

@@ -1,5 +1,7 @@
+import copy
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffusers_wadi import LoRaDConfig, WaDiPipeline, load_lorad_adapter, save_lorad_adapter
+from diffusers_wadi.loaders import lorad_layers
+from diffusers_wadi.lorad import lorad_target_modules
 
 WEIGHTS = "pytorch_lorad_weights.safetensors"
 
@@ -62,8 +66,6 @@ def test_round_trip_is_bit_exact(unet, adapter_folder):
 
 
 def test_file_alone_folder_and_dict_are_the_same(components, adapter_folder, tmp_path):
-    import copy
-
     unet, results = components["unet"], []
     lonely = shutil.copy(adapter_folder / WEIGHTS, tmp_path / "renamed.safetensors")
     for source in (adapter_folder, lonely, load_file(lonely)):
@@ -83,14 +85,74 @@ def test_config_beside_equals_metadata_and_peft_reads_it(adapter_folder, base_fo
 
 
 def test_ranks_may_differ(unet, tmp_path):
-    import copy
-
     other = copy.deepcopy(unet)
     config = LoRaDConfig(r=4, rank_pattern={"to_q": 2}, target_modules=TARGETS, init_lorad_weights="xavier")
     unet.add_adapter(config, "mixed")
     save_lorad_adapter(unet, tmp_path, "mixed")
     load_lorad_adapter(other, tmp_path)
     assert torch.equal(predict(unet), predict(other))
+
+
+@pytest.mark.parametrize("bias", ["lorad_only", "all"])
+@pytest.mark.parametrize("below_a_lora", [False, True])
+def test_trained_biases_come_back(unet, tmp_path, bias, below_a_lora):
+    other = copy.deepcopy(unet)
+    unet.add_adapter(LoRaDConfig(r=2, target_modules=TARGETS, init_lorad_weights="xavier", bias=bias), "mine")
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    assert any(p.ndim == 1 for p in trained)
+    expected = predict(unet)
+    if below_a_lora:
+        unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_out.0"]), "lora")
+        other.add_adapter(LoraConfig(r=2, target_modules=["to_k", "to_out.0"]), "lora")
+    save_lorad_adapter(unet, tmp_path, "mine")
+    assert not any("base_layer" in key for key in load_file(tmp_path / WEIGHTS))
+    load_lorad_adapter(other, tmp_path, "new")
+    torch.testing.assert_close(predict(other), expected)
+
+
+def test_second_adapter_below_a_lora(unet, adapter_folder):
+    twin = copy.deepcopy(unet)
+    load_lorad_adapter(twin, adapter_folder, "second")
+    add_random_adapter(unet, "first", seed=9)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]), "lora")  # starts without effect
+    load_lorad_adapter(unet, adapter_folder, "second")
+    torch.testing.assert_close(predict(unet), predict(twin))
+
+
+def test_biases_that_do_not_fit_are_refused(unet, tmp_path):
+    other = copy.deepcopy(unet)
+    unet.add_adapter(LoRaDConfig(r=2, target_modules=TARGETS, bias="lorad_only"), "mine")
+    save_lorad_adapter(unet, tmp_path, "mine")
+
+    def shorten(tensors):
+        for key in [key for key in tensors if key.endswith(".bias")][:1]:
+            tensors[key] = tensors[key][:1]
+
+    def add_bias(tensors):
+        tensors["unet.nowhere.bias"] = torch.ones(2)
+        tensors.update({key: value + 1 for key, value in tensors.items() if key.endswith("to_out.0.bias")})
+
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    for change, message in (
+        (shorten, "bias is not finite or not of shape"),
+        (add_bias, "1 keys have no place in the model, first nowhere.bias"),
+        (add_one, "1 keys that belong to no LoRaD layer, first conv_in.weight"),
+    ):
+        rewrite(tmp_path, change)
+        refused_untouched(other, tmp_path, message)
+        (tmp_path / WEIGHTS).write_bytes(whole)
+
+
+@pytest.mark.parametrize("role", ["student", "fake"])
+def test_the_paper_s_layers_come_back(unet, tmp_path, role):
+    """PEFT shortens long lists of layers to their endings; what is found by them has to be what was saved."""
+    other, targets = copy.deepcopy(unet), lorad_target_modules(unet, role)
+    add_random_adapter(unet, targets=targets)
+    save_lorad_adapter(unet, tmp_path, "student")
+    load_lorad_adapter(other, tmp_path)
+    assert torch.equal(predict(other), predict(unet))
 
 
 def test_a_half_precision_file_is_half_as_large_and_loads_as_float32(unet, adapter_folder, tmp_path):
@@ -160,6 +222,11 @@ def rename_one(tensors):
         tensors[f"unet.nowhere.lorad_{letter}"] = tensors.pop(key)
 
 
+def lose_a_layer(tensors):
+    for letter in "AB":
+        del tensors[next(key for key in tensors if key.endswith(f"lorad_{letter}"))]
+
+
 def add_one(tensors):
     tensors["unet.conv_in.weight"] = torch.zeros(2)
 
@@ -171,6 +238,7 @@ def add_one(tensors):
         (spoil_one, "not finite"),
         (drop_one, "1 modules have only one of"),
         (rename_one, "nowhere: no such module"),
+        (lose_a_layer, "its config names .*: 1 differ, first "),
         (add_one, "belong to no LoRaD layer, first conv_in.weight"),
     ],
 )
@@ -254,3 +322,72 @@ def test_lora_beside_lorad_is_kept(components, adapter_folder):
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in"]), "plain")
     pipe.unload_lorad_weights()
     assert list(pipe.unet.peft_config) == ["plain"]
+
+
+def two_adapters(components):
+    pipe = WaDiPipeline(**components)
+    add_random_adapter(pipe.unet, "a", seed=1)
+    add_random_adapter(pipe.unet, "b", seed=2)
+    pipe.set_adapters(["a"], [0.8])
+    return pipe
+
+
+def test_each_fuse_has_its_adapters_and_its_scale(components):
+    pipe = two_adapters(components)
+    live = predict(pipe.unet)
+    twin = copy.deepcopy(pipe.unet)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that a further adapter is being merged
+        pipe.fuse_lorad(0.5, ["b"])
+        twin.set_adapters(["b"], [0.5])
+        torch.testing.assert_close(predict(pipe.unet), predict(twin), rtol=1e-4, atol=1e-5)
+        pipe.fuse_lorad(0.25)
+        twin.set_adapters(["a", "b"], [0.2, 0.5])
+        torch.testing.assert_close(predict(pipe.unet), predict(twin), rtol=1e-4, atol=1e-5)
+    pipe.unfuse_lorad()
+    assert pipe.get_active_adapters() == ["a"]
+    torch.testing.assert_close(predict(pipe.unet), live, rtol=1e-4, atol=1e-5)
+
+
+def test_safe_fusing_fuses_all_or_nothing(components):
+    pipe = two_adapters(components)
+    layers = list(lorad_layers(pipe.unet))
+    pipe.fuse_lorad(adapter_names=["b"])
+    before = {key: value.clone() for key, value in pipe.unet.state_dict().items()}
+    layers[-1].lorad_A["a"].data[0, 0] = float("nan")
+    with warnings.catch_warnings(), pytest.raises(ValueError, match="not finite"):
+        warnings.simplefilter("ignore")
+        pipe.fuse_lorad(0.5, ["a"], safe_fusing=True)
+    assert all(layer.merged_adapters == ["b"] for layer in layers)
+    for key, value in pipe.unet.state_dict().items():
+        if "lorad_A" not in key:
+            torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-6)
+
+
+def test_what_was_fused_stays_beside_a_lora(components, adapter_folder):
+    pipe = WaDiPipeline(**components)
+    pipe.load_lorad_weights(adapter_folder, adapter_name="rotation")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), "plain")
+    pipe.set_adapters(["rotation", "plain"])
+    expected = predict(pipe.unet)
+    pipe.fuse_lorad()
+    pipe.unload_lorad_weights()
+    assert list(pipe.unet.peft_config) == ["plain"] and pipe.is_one_step and not list(lorad_layers(pipe.unet))
+    torch.testing.assert_close(predict(pipe.unet), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_stock_unload_is_noticed(components, adapter_folder, fused):
+    pipe = WaDiPipeline(**components)
+    pipe.load_lorad_weights(adapter_folder)
+    if fused:
+        pipe.fuse_lorad()
+    pipe.unload_lora_weights()
+    assert pipe.is_one_step == fused and not list(lorad_layers(pipe.unet))
+
+
+def test_a_local_base_is_stored_by_its_absolute_path(base_folder, adapter_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(base_folder.parent)
+    pipe = WaDiPipeline.from_pretrained(adapter_folder, base_model=base_folder.name)
+    pipe.save_lorad_weights(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base_folder)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from conftest import SD_BETAS
@@ -69,6 +71,39 @@ def test_terminal_alpha_cumprod_out_of_reach():
 def test_accepts_what_gives_x0(scheduler):
     check_one_step_scheduler(scheduler)
     assert getattr(scheduler, "num_inference_steps", None) is None  # tried on a copy
+
+
+def test_trying_leaves_the_random_stream_alone():
+    stochastic = DDPMScheduler(**TRAILING, clip_sample=False)
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    check_one_step_scheduler(stochastic)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for a tensor on an accelerator: what is here does not combine with it."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.cpu:
+            return args[0].as_subclass(torch.Tensor)
+        if len({type(value) for value in args if isinstance(value, torch.Tensor)}) > 1:
+            raise RuntimeError("tensors on two devices")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def __deepcopy__(self, memo):
+        return self.clone()
+
+
+def test_a_scheduler_that_moved_its_tables_is_tried_here():
+    scheduler = DDIMScheduler(**SD_BETAS, **GOOD)
+    scheduler.alphas_cumprod = scheduler.alphas_cumprod.as_subclass(Elsewhere)
+    with pytest.raises(RuntimeError, match="two devices"):  # the stand-in does what a device would
+        one_step(copy.deepcopy(scheduler), *torch.randn(2, 1, 4, 8, 8))
+    check_one_step_scheduler(scheduler)
+    assert type(scheduler.alphas_cumprod) is Elsewhere
 
 
 @pytest.mark.parametrize(

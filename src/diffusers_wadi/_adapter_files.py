@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from safetensors import SafetensorError, safe_open
 
-from diffusers_wadi._files import find_file
+from diffusers_wadi._files import find_file, probe_file
 from diffusers_wadi.lorad.config import LoRaDConfig
+from diffusers_wadi.lorad.targets import adaptable_linears
 
 LORAD_WEIGHT_NAME = "pytorch_lorad_weights.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -26,12 +27,12 @@ Factors = dict[str, tuple[torch.Tensor, torch.Tensor]]  # module path -> A (out,
 
 
 def read_adapter_config(source: str | os.PathLike, subfolder: str | None = None, **hub: Any) -> dict[str, Any] | None:
-    """The `adapter_config.json` of a folder or Hub repository, or None if it has none.
+    """The `adapter_config.json` of a folder or Hub repository, or None if it has none (offline: none in the cache).
 
     Raises:
         ValueError: it is not JSON, or describes another kind of adapter.
     """
-    path = find_file(source, ADAPTER_CONFIG_NAME, subfolder, **hub)
+    path = probe_file(source, ADAPTER_CONFIG_NAME, subfolder, **hub)
     return None if path is None else _parse_config(path.read_text(encoding="utf-8", errors="replace"), path)
 
 
@@ -153,6 +154,43 @@ def _misfit(name: str, module: torch.nn.Module | None, a: torch.Tensor, b: torch
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         return f"{name}: values that are not finite"
     return None
+
+
+def refuse_surplus(rest: StateDict, saved: dict[str, Any], origin: str) -> None:
+    """Refuse tensors beside the factors, but for biases and modules that the config says were trained.
+
+    Raises:
+        ValueError: with the first of them and their number. They would overwrite weights of the base.
+    """
+    biases, modules = saved.get("bias", "none") != "none", saved.get("modules_to_save") or ()
+    odd = [
+        key
+        for key in rest
+        if not (biases and key.endswith("bias")) and not any(f".{name}." in f".{key}" for name in modules)
+    ]
+    if odd:
+        raise ValueError(f"{origin} holds {len(odd)} keys that belong to no LoRaD layer, first {odd[0]}")
+
+
+def refuse_lost_layers(model: torch.nn.Module, factors: Factors, saved: dict[str, Any] | None, origin: str) -> None:
+    """Refuse a file without some of the layers that its config names: it would load as a weaker adapter.
+
+    Raises:
+        ValueError: the layers of `model` that the config matches, by PEFT's rules, are not those in the file.
+    """
+    if not saved or not saved.get("target_modules"):
+        return
+    config, linears = LoRaDConfig.from_peft_type(**saved), [name for name, _ in adaptable_linears(model)]
+    if config.target_modules == "all-linear":
+        config.target_modules = set(linears)
+    expected = {name for name in linears if check_target_module_exists(config, name)}
+    odd = sorted(expected ^ factors.keys())
+    if odd:
+        raise ValueError(
+            f"{origin} holds {len(factors)} layers, but its config names {len(expected)} of this "
+            f"{type(model).__name__}: {len(odd)} differ, first {odd[0]}. Get the adapter again, or load it onto the base "
+            f"model it was trained on; nothing was changed."
+        )
 
 
 def config_for(factors: Factors, saved: dict[str, Any] | None, origin: str) -> LoRaDConfig:

@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+
+class NotCachedError(FileNotFoundError):
+    """The Hub cannot be reached, and the file is not in the local cache: whether it exists is not known."""
+
+
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
@@ -32,6 +37,7 @@ def find_file(source: str | os.PathLike, filename: str, subfolder: str | None = 
 
     Raises:
         ValueError: `filename` or `subfolder` points outside of `source`.
+        NotCachedError: the Hub cannot be reached (or is not to be), and the file is not in the local cache.
         OSError: `source` is neither a local folder nor a repository that can be reached.
     """
     inside = Path(subfolder or "", filename)
@@ -45,6 +51,14 @@ def find_file(source: str | os.PathLike, filename: str, subfolder: str | None = 
     return _download(str(source), inside.as_posix(), hub)
 
 
+def probe_file(source: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> Path | None:
+    """As `find_file`, for files that need not be there: None too if the Hub's cache lacks it and cannot be asked."""
+    try:
+        return find_file(source, filename, subfolder, **hub)
+    except NotCachedError:
+        return None
+
+
 def _download(repository: str, filename: str, hub: dict[str, Any]) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
@@ -54,7 +68,7 @@ def _download(repository: str, filename: str, hub: dict[str, Any]) -> Path | Non
         return Path(hf_hub_download(repository, filename, **hub))
     except LocalEntryNotFoundError as error:
         reason = f"its {filename} is not in the local cache and could not be downloaded"
-        raise OSError(f"{repository!r} is not a folder here, and as a Hub name {reason}. {advice}") from error
+        raise NotCachedError(f"{repository!r} is not a folder here, and as a Hub name {reason}. {advice}") from error
     except EntryNotFoundError:
         return None
     except (HFValidationError, OSError) as error:  # the Hub client's network errors are OSErrors

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -25,8 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("wadi: stopped", file=sys.stderr)
         return 130
-    except (ValueError, OSError, ImportError) as error:
-        print(f"wadi: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except (ValueError, OSError, ImportError, RuntimeError) as error:  # the last is torch's, as when memory runs out
+        advice = " Use a smaller size, fewer --num-images or --dtype float16." if "memory" in str(error) else ""
+        print(f"wadi: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
         return 2
     return 0
 
@@ -53,7 +53,7 @@ def _add_generate(commands: Any) -> None:
         default="wadi.png",
         help="image file, default %(default)s; several images get -0, -1, ...; or folder/",
     )
-    add("--seed", type=int, help="seed of the first image, the others count up from it; without it one is drawn")
+    add("--seed", type=int, default=0, help="seed of the first image, default %(default)s; the others count up")
     add("--num-images", type=_positive, default=1, help="images per prompt, default %(default)s")
     add("--model", help="complete checkpoint or LoRaD adapter, folder or Hub name; without it the bundled checkpoint")
     add("--base-model", help="base of an adapter, folder or Hub name; without it the one that the adapter names")
@@ -73,14 +73,15 @@ def _positive(text: str) -> int:
 
 def _generate(args: argparse.Namespace) -> None:
     # Everything that can be wrong with the request is found out before the slow part, which is importing and loading.
-    paths = _output_paths(args.output, len(args.prompts) * args.num_images)
+    count = len(args.prompts) * args.num_images
+    _check_seeds(args.seed, count)
     _check_size(args.height, args.width)
-    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    paths = _output_paths(args.output, count)
     pipe, model = _load(args)
     for number, prompt in enumerate(args.prompts):
         first = number * args.num_images
         batch = paths[first : first + args.num_images]
-        _draw(pipe, prompt, seed + first, batch, args, model)
+        _draw(pipe, prompt, args.seed + first, batch, args, model)
 
 
 def _output_paths(output: str, count: int) -> list[Path]:
@@ -97,6 +98,12 @@ def _output_paths(output: str, count: int) -> list[Path]:
         )
     writable_folder(path.parent)
     return [path.with_stem(f"{path.stem}-{i}") for i in range(count)] if numbered else [path]
+
+
+def _check_seeds(first: int, count: int) -> None:
+    lowest, highest = -(2**63), 2**64 - 1  # what torch.Generator takes
+    if first < lowest or first + count - 1 > highest:
+        raise ValueError(f"--seed {first} with {count} images leaves the range {lowest} to {highest}")
 
 
 def _check_size(height: int | None, width: int | None) -> None:
@@ -142,6 +149,9 @@ def _device(name: str | None) -> Any:
         raise ValueError(
             f"--device {name} is not available here; available: cpu{f', {available}' if available else ''}"
         )
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    if (device.index or 0) >= count:
+        raise ValueError(f"--device {name}: there are {count} of kind {device.type} here, counted from 0")
     return device
 
 

@@ -26,7 +26,9 @@ from diffusers_wadi._adapter_files import (
     StateDict,
     config_for,
     read_adapter,
+    refuse_lost_layers,
     refuse_misfit,
+    refuse_surplus,
     require_safetensors,
     split_factors,
 )
@@ -113,7 +115,7 @@ def _config_json(config: LoRaDConfig, base_model_name_or_path: str | None) -> st
 
 
 def _plain(key: str) -> str:
-    return key.replace(".base_layer.", ".")
+    return ".".join(part for part in key.split(".") if part != "base_layer")
 
 
 def load_lorad_adapter(
@@ -146,9 +148,9 @@ def load_lorad_adapter(
     state, saved, origin = read_adapter(source, weight_name, subfolder, hub)
     factors, rest = split_factors(state, component, origin)
     refuse_misfit(model, factors, origin)
-    if rest and not (saved and (saved.get("modules_to_save") or saved.get("bias", "none") != "none")):
-        raise ValueError(f"{origin} holds {len(rest)} keys that belong to no LoRaD layer, first {next(iter(rest))}")
+    refuse_surplus(rest, saved or {}, origin)
     config = config_for(factors, saved, origin)
+    refuse_lost_layers(model, factors, saved, origin)
     tensors = {f"{name}.lorad_{letter}": t for name, pair in factors.items() for letter, t in zip("AB", pair)} | rest
     active = _active_adapters(model)
     try:
@@ -169,10 +171,20 @@ def _inject(model: torch.nn.Module, config: LoRaDConfig, adapter_name: str) -> N
 
 
 def _fill(model: torch.nn.Module, tensors: StateDict, names: set[str], adapter_name: str, origin: str) -> None:
-    layers = {_plain(f"{name}.")[:-1] for name, module in model.named_modules() if _carries(module, adapter_name)}
+    layers = {_plain(name) for name, module in model.named_modules() if _carries(module, adapter_name)}
     if layers != names:
         odd = sorted(layers ^ names)
         raise ValueError(f"{origin}: {len(odd)} modules could not be given exactly its layers, first {odd[0]}")
+    live = model.state_dict()
+    # The names in the file know nothing of wrappers: here is where PEFT looks for them, less the adapter's name.
+    places = {_plain(key.removesuffix(f".{adapter_name}")): key for key in live}
+    for name in tensors.keys() & places.keys():  # trained biases were not looked at yet, and overwrite the base's
+        if tensors[name].shape != live[places[name]].shape or not torch.isfinite(tensors[name]).all():
+            raise ValueError(f"{origin}: {name} is not finite or not of shape {tuple(live[places[name]].shape)}")
+    homeless = sorted(tensors.keys() - places.keys())
+    if homeless and not model.peft_config[adapter_name].modules_to_save:  # those PEFT finds by itself
+        raise ValueError(f"{origin}: {len(homeless)} keys have no place in the model, first {homeless[0]}")
+    tensors = {places.get(name, name).removesuffix(f".{adapter_name}"): value for name, value in tensors.items()}
     result = set_peft_model_state_dict(model, tensors, adapter_name)
     if result.unexpected_keys:
         raise ValueError(
@@ -200,6 +212,14 @@ def _discard(model: torch.nn.Module, adapter_name: str, active: list[str]) -> No
         model.set_adapter(active)
 
 
+def _unwrap(model: torch.nn.Module) -> None:
+    """Put what LoRaD layers without adapters are wrapped around back in their places."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, LoRaDLayer):
+                setattr(parent, name, child.base_layer)
+
+
 class LoRaDLoaderMixin:
     """LoRaD adapters for a diffusers pipeline, beside the LoRA methods that it has.
 
@@ -208,7 +228,6 @@ class LoRaDLoaderMixin:
     """
 
     lorad_component = "unet"
-    _lorad_fused_scale = 1.0
     _lorad_removed = False  # adapters were taken out unfused, so what is left is the multi-step base
 
     def load_lorad_weights(
@@ -247,7 +266,8 @@ class LoRaDLoaderMixin:
     ) -> None:
         """Write one adapter as a folder (see `save_lorad_adapter`); without a name there must be exactly one.
 
-        `base_model_name_or_path` defaults to where the pipeline was loaded from.
+        `base_model_name_or_path` defaults to where the pipeline was loaded from; a local folder is stored as its
+        absolute path, which means nothing on another machine: pass a Hub name before sharing the adapter.
         """
         model, names = self._lorad_model(), lorad_adapter_names(self._lorad_model())
         if adapter_name is None:
@@ -255,6 +275,8 @@ class LoRaDLoaderMixin:
                 raise ValueError(f"adapter_name is needed to save one of the LoRaD adapters {names}")
             adapter_name = names[0]
         base = base_model_name_or_path or self.config.get("_name_or_path")
+        if base_model_name_or_path is None and base and Path(base).is_dir():
+            base = str(Path(base).resolve())
         save_lorad_adapter(model, save_directory, adapter_name, self.lorad_component, base, weight_name)
 
     def fuse_lorad(
@@ -263,39 +285,59 @@ class LoRaDLoaderMixin:
         """Write the rotation into the weights: same images, no cost per call, and ready for `torch.compile`.
 
         Args:
-            lorad_scale: factor on the angles.
+            lorad_scale: factor on the angles that this call fuses.
             adapter_names: which adapters; default None takes the active ones.
             safe_fusing: check that the new weights are finite before they replace the old ones.
+
+        Raises:
+            ValueError: unknown names, or `safe_fusing` found a layer that will not do; nothing is fused then.
         """
         unknown = set(adapter_names or ()) - set(lorad_adapter_names(self._lorad_model()))
         if unknown:
             raise ValueError(
                 f"{sorted(unknown)} are no LoRaD adapters; {lorad_adapter_names(self._lorad_model())} are"
             )
-        for layer in lorad_layers(self._lorad_model()):
-            if lorad_scale != 1.0:
-                layer.scale_layer(lorad_scale)
-            layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names)
-        self._lorad_fused_scale = lorad_scale
+        fused: list[tuple[LoRaDLayer, list[str]]] = []
+        try:
+            for layer in lorad_layers(self._lorad_model()):
+                before = list(layer.merged_adapters)
+                layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names, scale=lorad_scale)
+                fused.append((layer, [name for name in layer.merged_adapters if name not in before]))
+        except Exception:
+            for layer, names in fused:
+                if names:
+                    layer.unmerge(names)
+            raise
 
     def unfuse_lorad(self) -> None:
-        """Undo `fuse_lorad`: the adapter is active again and scaled as before."""
+        """Undo every `fuse_lorad`: the adapters act again as before, with the scales they had."""
         for layer in lorad_layers(self._lorad_model()):
-            layer.unmerge()
-            if self._lorad_fused_scale != 1.0:
-                layer.unscale_layer(self._lorad_fused_scale)
-        self._lorad_fused_scale = 1.0
+            if layer.merged:
+                layer.unmerge()
 
     def unload_lorad_weights(self) -> None:
         """Take all LoRaD adapters out. What was fused stays in the weights, what was not is gone."""
         model, names = self._lorad_model(), lorad_adapter_names(self._lorad_model())
         if not names:
             return
-        self._lorad_removed = not any(layer.merged for layer in lorad_layers(model))
+        self._note_removal()
         if len(names) == len(model.peft_config):
             model.unload_lora()
-        else:
-            model.delete_adapters(names)
+            return
+        for layer in lorad_layers(model):
+            layer.keep_merged()
+        model.delete_adapters(names)
+        _unwrap(model)
+
+    def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As the stock method, which takes LoRaD adapters out too; fused ones stay in the weights."""
+        self._note_removal()
+        super().unload_lora_weights(*args, **kwargs)
+
+    def _note_removal(self) -> None:
+        layers = list(lorad_layers(self._lorad_model()))
+        if layers:
+            self._lorad_removed = not any(layer.merged for layer in layers)
 
     def _lorad_model(self) -> torch.nn.Module:
         return getattr(self, self.lorad_component)

@@ -119,7 +119,21 @@ def check_one_step_scheduler(scheduler: Any) -> None:
 
 def _try_one_step(scheduler: Any) -> tuple[list[int] | str, float]:
     """The timesteps fed at one step and the relative error of the result against the formula."""
+    # Stochastic schedulers draw noise, which must not shift the seeds of whoever asked.
+    with torch.random.fork_rng(devices=[]):
+        return _trial_step(_copy_on_cpu(scheduler))
+
+
+def _copy_on_cpu(scheduler: Any) -> Any:
+    # Some schedulers move their tables to the accelerator when they are used; the trial's numbers are here.
     trial = copy.deepcopy(scheduler)
+    for name, value in vars(trial).items():
+        if isinstance(value, torch.Tensor):
+            setattr(trial, name, value.cpu())
+    return trial
+
+
+def _trial_step(trial: Any) -> tuple[list[int] | str, float]:
     try:
         trial.set_timesteps(1)
     except Exception as error:  # e.g. PNDM, which cannot do fewer than a few steps

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, inject_adapter_in_model
 from reference import reference_lorad_linear, reference_rotate
 from torch import nn
 
@@ -182,6 +183,55 @@ def test_merging_twice_or_unmerging_nothing_warns_and_does_nothing():
     with pytest.warns(UserWarning, match="already merged"):
         adapted.merge()
     assert torch.equal(adapted.base_layer.weight, weight) and adapted.merged_adapters == ["default"]
+
+
+def over_a_lora():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), model, "lora")
+    inject_adapter_in_model(LoRaDConfig(r=2, target_modules=["0"]), model, "lorad")
+    return model[0], model[0].base_layer
+
+
+def test_a_new_adapter_over_a_lora_changes_no_bit():
+    torch.manual_seed(2)
+    lorad, lora = over_a_lora()
+    x = torch.randn(64, IN)
+    assert torch.equal(lorad(x), lora(x))
+
+
+def test_a_lora_below_is_not_turned_whatever_is_merged_first():
+    lorad, lora = over_a_lora()
+    nn.init.normal_(lorad.lorad_A["lorad"])
+    base, x = lorad.get_base_layer().weight, inputs()
+    y, before = lorad(x), base.clone()
+    lora.merge()
+    torch.testing.assert_close(lorad(x), y)
+    lora.merge()
+    with_lora = base.clone()
+    lorad.merge()
+    torch.testing.assert_close(lorad(x), y)
+    assert lora.merged and lorad.merged
+    lorad.unmerge()
+    torch.testing.assert_close(base, with_lora)
+    lora.unmerge()
+    torch.testing.assert_close(base, before)
+
+
+def test_merging_with_a_scale_and_unmerging_some():
+    adapted = layer(("a", "b"))
+    weight = adapted.base_layer.weight.clone()
+    adapted.set_scale("b", 0.5)
+    adapted.merge(adapter_names=["b"], scale=0.5)
+    theta = adapted.lorad_A["b"] @ adapted.lorad_B["b"]
+    torch.testing.assert_close(adapted.base_layer.weight, rotate(weight, 0.25 * theta))
+    with pytest.warns(UserWarning, match="additionally"):
+        adapted.merge(adapter_names=["a"])
+    adapted.unmerge(["a"])
+    torch.testing.assert_close(adapted.base_layer.weight, rotate(weight, 0.25 * theta))
+    adapted.unmerge()
+    torch.testing.assert_close(adapted.base_layer.weight, weight)
+    assert adapted.scaling == {"a": 1.0, "b": 0.5} and not adapted.merged_scaling
 
 
 def test_disabling_a_merged_adapter_unmerges_it():

@@ -273,6 +273,7 @@ def test_hub_names(adapter_folder, monkeypatch):
         "model_index.json",
         "adapter_config.json",
         "pytorch_lorad_weights.safetensors",
+        "scheduler/scheduler_config.json",
     }
     assert all(options == {"revision": "v1", "token": "secret"} for _, _, options in asked)
     with pytest.raises(OSError, match="not in the local cache"):

@@ -1,6 +1,8 @@
 """LoRaD on one layer: a wrapper that keeps the base layer frozen and turns its weight on the way through."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +126,7 @@ class LoRaDLayer(BaseTunerLayer):
         names = self._acting() if adapter_names is None else adapter_names
         return lorad_angles(*self._factors(names, self.scaling))
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, scale: float = 1.0) -> None:
         """Turn the base weight itself by the angles of these adapters (default: the active ones), in float32.
 
         All of them in one rotation, so that a half-precision weight is rounded once.
@@ -132,6 +134,7 @@ class LoRaDLayer(BaseTunerLayer):
         Args:
             safe_merge: check that the new weight is finite before it replaces the old one. Default False.
             adapter_names: adapters to merge; those merged already are skipped with a warning.
+            scale: further factor on the angles, for this merge alone. Default 1.0.
 
         Raises:
             ValueError: `safe_merge` found numbers that are not finite; the base weight is unchanged.
@@ -139,33 +142,64 @@ class LoRaDLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lorad_A]
         if not names:
             return
-        self._turn_base(self._factors(names, self.scaling), 1.0, names if safe_merge else None)
+        scaling = {name: self.scaling[name] * scale for name in names}
+        self._turn_base(self._factors(names, scaling), 1.0, names if safe_merge else None)
         self.merged_adapters.extend(names)
-        self.merged_scaling.update({name: self.scaling[name] for name in names})
+        self.merged_scaling.update(scaling)
 
-    def unmerge(self) -> None:
+    def unmerge(self, adapter_names: list[str] | None = None) -> None:
         """Turn the base weight back by the opposite angle, with the scales that `merge` used.
 
         Nothing is stored for this. A float32 weight comes back to about 6e-8 of its norm; a bfloat16 one is rounded
         twice on the way (1e-3), so keep half-precision bases unfused where they must stay as they were.
+
+        Args:
+            adapter_names: which of the merged adapters; default None takes all.
         """
-        if not self.merged:
+        names = [name for name in self.merged_adapters if adapter_names is None or name in adapter_names]
+        if not names:
             warnings.warn("No LoRaD adapter is merged, there is nothing to unmerge.", stacklevel=2)
             return
-        self._turn_base(self._factors(self.merged_adapters, self.merged_scaling), -1.0)
+        self._turn_base(self._factors(names, self.merged_scaling), -1.0)
+        self.merged_adapters = [name for name in self.merged_adapters if name not in names]
+        for name in names:
+            del self.merged_scaling[name]
+
+    def keep_merged(self) -> None:
+        """Make what is merged a part of the base weight for good, so that its adapters may be deleted."""
         self.merged_adapters = []
         self.merged_scaling.clear()
 
     @torch.no_grad()
     def _turn_base(self, factors: tuple[Tensor, Tensor], sign: float, checked: list[str] | None = None) -> None:
         weight = self.get_base_layer().weight
-        turned = rotate(weight, lorad_angles(*factors, scale=sign).to(weight.device))
-        if checked is not None and not torch.isfinite(turned).all():
-            raise ValueError(
-                f"Merging {', '.join(checked)} would give weights that are not finite (NaN or infinite); the base is "
-                "unchanged. The adapter seems to be broken: load another checkpoint of it."
-            )
-        weight.data.copy_(turned)
+        with self._inner_unmerged():
+            turned = rotate(weight, lorad_angles(*factors, scale=sign).to(weight.device))
+            if checked is not None and not torch.isfinite(turned).all():
+                raise ValueError(
+                    f"Merging {', '.join(checked)} would give weights that are not finite (NaN or infinite); the base "
+                    "is unchanged. The adapter seems to be broken: load another checkpoint of it."
+                )
+            weight.data.copy_(turned)
+
+    def _inner_adapters(self) -> Iterator[BaseTunerLayer]:
+        """The layers of other adapters between this one and the base, from the outside in."""
+        module = self.base_layer
+        while isinstance(module, BaseTunerLayer):
+            yield module
+            module = module.base_layer
+
+    @contextmanager
+    def _inner_unmerged(self) -> Iterator[None]:
+        """Inside the block the base weight is without inner adapters (a LoRA, say): LoRaD turns only the base."""
+        merged = [(layer, list(layer.merged_adapters)) for layer in self._inner_adapters() if layer.merged]
+        for layer, _ in merged:
+            layer.unmerge()
+        try:
+            yield
+        finally:
+            for layer, names in reversed(merged):
+                layer.merge(adapter_names=names)
 
     def _factors(self, names: list[str], scaling: dict[str, float]) -> tuple[Tensor, Tensor]:
         """One pair (A, B) for all named adapters: angles add, so factors are concatenated along the rank."""
@@ -197,8 +231,13 @@ class LoRaDLinear(nn.Module, LoRaDLayer):
         inner = self.get_base_layer()
         if inner is self.base_layer:
             return lorad_linear(x, inner.weight, inner.bias, A, B)
-        # Over another adapter (a LoRA, say) the base output is that adapter's, and LoRaD adds the change it makes.
-        return self.base_layer(x) + lorad_linear(x, inner.weight, None, A, B) - F.linear(x, inner.weight)
+        # Over another adapter (a LoRA, say) the base output is that adapter's, and LoRaD adds the change it makes to
+        # the base alone, which takes an unmerged base weight.
+        for adapter in self._inner_adapters():
+            if adapter.merged:
+                adapter.unmerge()
+        change = lorad_linear(x, inner.weight, None, A, B) - F.linear(x, inner.weight)  # exactly 0 at angle 0
+        return self.base_layer(x) + change
 
     def __repr__(self) -> str:
         return "lorad." + super().__repr__()

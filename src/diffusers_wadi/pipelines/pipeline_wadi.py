@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_wadi._files import folder_written_beside
 from diffusers_wadi.loaders import LoRaDLoaderMixin, lorad_layers
 from diffusers_wadi.pipelines._loading import load_adapter_pipeline, load_complete_pipeline, resolve_source
-from diffusers_wadi.pipelines._saving import default_to_float32, without_adapters
+from diffusers_wadi.pipelines._saving import UPLOAD_OPTIONS, default_to_float32, upload, without_adapters
 from diffusers_wadi.schedulers import check_one_step_scheduler, one_step_scheduler
 
 logger = logging.get_logger(__name__)
@@ -80,7 +80,8 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
                 pipeline; those that concern the Hub also to the adapter, except that `revision` is the adapter's.
 
         A scheduler that would not feed t = T-1 at one step (as in most Stable Diffusion checkpoints) is replaced by
-        `one_step_scheduler(scheduler.config)`, which is logged.
+        `one_step_scheduler(scheduler.config)`, which is logged. A `scheduler/` folder beside the adapter, as training
+        writes it, takes the place of the base pipeline's.
 
         Returns:
             `WaDiPipeline`.
@@ -231,23 +232,29 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
         without this package. Active adapters are fused in the saved copy of the UNet; this pipeline is not changed.
         Nothing half-written replaces an older file.
 
+        The folder gives the pixels of this pipeline with fused adapters: bit for bit in float32. In float16 and
+        bfloat16 stock diffusers takes the one scheduler step in half precision, which this class does not.
+
         Args:
             save_directory (`str` or `os.PathLike`): Folder to write, created if need be.
             safe_serialization (`bool`, *optional*, defaults to `True`): Write safetensors.
-            **kwargs: As in [`DiffusionPipeline.save_pretrained`] (`variant`, `max_shard_size`, `push_to_hub`, ...).
+            **kwargs: As in [`DiffusionPipeline.save_pretrained`] (`variant`, `max_shard_size`, `push_to_hub`, ...);
+                what is pushed are the files that were saved, without a model card.
 
         Raises:
             OSError: the folder is not writable; found out before any work.
         """
-        target = Path(save_directory)
-        if kwargs.get("push_to_hub"):
-            kwargs.setdefault("repo_id", target.name)  # else diffusers would take the temporary folder's name
+        target, push = Path(save_directory), kwargs.pop("push_to_hub", False)
+        upload_options = {key: kwargs.pop(key) for key in UPLOAD_OPTIONS if key in kwargs}
         with folder_written_beside(target) as staged:
             parts = self.components | {"unet": without_adapters(self.unet)}
             safety = {"requires_safety_checker": self.config.requires_safety_checker}
             stock = StableDiffusionPipeline(**parts, **safety)
             stock.save_pretrained(str(staged), safe_serialization=safe_serialization, **kwargs)
             default_to_float32(staged / "text_encoder" / "config.json")
+            files = [file.relative_to(staged).as_posix() for file in staged.rglob("*") if file.is_file()]
+        if push:  # not by diffusers, which would upload before the line above
+            upload(target, files, upload_options)
 
     def _repair_scheduler(self) -> None:
         try:

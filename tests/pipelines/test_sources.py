@@ -1,0 +1,188 @@
+"""What a pipeline is loaded from and saved to: caches, weights that are not there, schedulers, adapters over adapters."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import SD_BETAS, TARGETS, add_random_adapter
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+
+from diffusers_wadi import WaDiPipeline, one_step_scheduler
+
+
+@pytest.fixture
+def base(base_folder, tmp_path):
+    """A copy of the base folder that a test may spoil."""
+    return shutil.copytree(base_folder, tmp_path / "base")
+
+
+@pytest.fixture
+def adapter(adapter_folder, tmp_path):
+    return shutil.copytree(adapter_folder, tmp_path / "adapter")
+
+
+def latents(pipe, **options):
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 1, "guidance_scale": 0.0, "output_type": "latent"} | options
+    return pipe("red blue", generator=generator, **options).images
+
+
+# --------------------------------------------------------------------------------------------------------------- cache
+
+
+def test_a_cached_adapter_loads_offline(adapter_folder, tmp_path):
+    """The layout of the Hub's cache after an adapter was used once: only its own files are there."""
+    repository, commit = tmp_path / "models--org--adapter", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(adapter_folder, repository / "snapshots" / commit)
+    offline = {"cache_dir": tmp_path, "local_files_only": True}
+    pipe = WaDiPipeline.from_pretrained("org/adapter", **offline)
+    assert torch.equal(latents(pipe), latents(WaDiPipeline.from_pretrained(adapter_folder)))
+    with pytest.raises(
+        OSError, match="model_index.json is not in the local cache.* Nor is there an adapter_config.json"
+    ):
+        WaDiPipeline.from_pretrained("org/other", **offline)
+
+
+# ------------------------------------------------------------------------------------------------------------- weights
+
+
+def rewrite(path, change):
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def add_training_weights(tensors):
+    tensors["mid_block.attentions.0.proj_in.theta_a"] = torch.zeros(4, 4)
+    tensors["mid_block.attentions.0.proj_in.theta_b"] = torch.zeros(4, 4)
+
+
+def add_unknown(tensors):
+    tensors["something.weight"] = torch.zeros(2)
+
+
+def drop_weight(tensors):
+    del tensors[sorted(key for key in tensors if key.endswith("weight"))[3]]
+
+
+UNET, VAE = "unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model"
+
+
+@pytest.mark.parametrize(
+    "stem, change, message",
+    [
+        (UNET, add_training_weights, r"2 of its tensors have no place there, first .*theta_a.*authors' release"),
+        (UNET, add_unknown, "1 of its tensors have no place there, first something.weight"),
+        (UNET, drop_weight, "lacks 1 tensors, first .*weight. Copy"),
+        (VAE, drop_weight, "vae.* lacks 1 tensors, first .*weight. Copy"),
+        ("text_encoder/model", drop_weight, "text_encoder.* lacks 1 tensors, first .*weight. Copy"),
+    ],
+)
+def test_foreign_or_incomplete_weights_are_refused(base, stem, change, message):
+    rewrite(base / f"{stem}.safetensors", change)
+    with pytest.raises(OSError, match=message):
+        WaDiPipeline.from_pretrained(base)
+
+
+def test_a_file_without_weights_in_another_format_is_refused(base):
+    path = base / f"{VAE}.safetensors"
+    tensors = load_file(path)
+    drop_weight(tensors)
+    torch.save(tensors, path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(OSError, match="vae.* lacks 1 tensors"):
+        WaDiPipeline.from_pretrained(base)
+
+
+def to_old_names(tensors):
+    for new, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        for key in [key for key in tensors if f".{new}." in key]:
+            tensors[key.replace(f".{new}.", f".{old}.")] = tensors.pop(key)
+
+
+def test_old_names_variants_and_shards_are_fine(base, base_folder, components, tmp_path):
+    expected = latents(WaDiPipeline.from_pretrained(base_folder))
+    rewrite(base / f"{VAE}.safetensors", to_old_names)
+    assert any("proj_attn" in key for key in load_file(base / f"{VAE}.safetensors"))
+    image = WaDiPipeline.from_pretrained(base).vae.decode(expected).sample
+    assert torch.equal(image, WaDiPipeline.from_pretrained(base_folder).vae.decode(expected).sample)
+    parts = tmp_path / "parts"
+    StableDiffusionPipeline(**components).save_pretrained(parts, variant="fp16", max_shard_size="50KB")
+    assert (parts / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+    sharded = WaDiPipeline.from_pretrained(parts, variant="fp16")
+    torch.testing.assert_close(latents(sharded), expected)  # alignment in the file changes the last bit
+
+
+# ----------------------------------------------------------------------------------------------------------- scheduler
+
+
+def test_the_scheduler_beside_an_adapter_is_used(adapter):
+    one_step_scheduler(SD_BETAS, terminal_alpha_cumprod=0.0047).save_pretrained(adapter / "scheduler")
+    pipe = WaDiPipeline.from_pretrained(adapter)
+    assert abs(pipe.scheduler.alphas_cumprod[-1].item() - 0.0047) < 1e-6
+    given = one_step_scheduler(SD_BETAS)
+    assert WaDiPipeline.from_pretrained(adapter, scheduler=given).scheduler is given
+    path = adapter / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "UNet2DConditionModel"}))
+    with pytest.raises(ValueError, match="'UNet2DConditionModel', which is no scheduler"):
+        WaDiPipeline.from_pretrained(adapter)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="no scheduler config"):
+        WaDiPipeline.from_pretrained(adapter)
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+@pytest.mark.parametrize("lora_first", [False, True])
+def test_saved_pixels_with_a_lora_beside(components, tmp_path, lora_first):
+    torch.manual_seed(0)
+    unet = components["unet"]
+    lora = LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False)
+    if lora_first:
+        unet.add_adapter(lora, "lora")
+    add_random_adapter(unet)
+    if not lora_first:
+        unet.add_adapter(lora, "lora")
+    unet.set_adapters(["student", "lora"])
+    pipe = WaDiPipeline(**components)
+    live = latents(pipe)
+    pipe.save_pretrained(tmp_path)
+    saved = latents(StableDiffusionPipeline.from_pretrained(tmp_path))
+    torch.testing.assert_close(saved, live, rtol=1e-4, atol=1e-3)
+    unet.set_adapters(["student"])
+    assert (latents(pipe) - live).abs().max() > 0.1
+
+
+def test_what_is_pushed_is_what_was_saved(components, tmp_path, monkeypatch):
+    seen = {}
+
+    class Repository:
+        repo_id = "me/name"
+
+    def create_repo(repo_id, **options):
+        seen["created"] = repo_id, options["private"], options["token"]
+        return Repository()
+
+    def upload_folder(folder_path, **options):
+        seen["dtype"] = json.loads((folder_path / "text_encoder" / "config.json").read_text())["dtype"]
+        seen["options"] = options
+
+    monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
+    monkeypatch.setattr("huggingface_hub.upload_folder", upload_folder)
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.create_repo", lambda *a, **k: pytest.fail("stock push"))
+    folder = tmp_path / "name"
+    folder.mkdir()
+    (folder / "private.txt").touch()
+    pipe = WaDiPipeline(**components).to(torch.float16)
+    pipe.save_pretrained(folder, push_to_hub=True, token="secret", private=True)
+    assert seen["created"] == ("name", True, "secret") and seen["dtype"] == "float32"
+    files = seen["options"]["allow_patterns"]
+    assert seen["options"]["repo_id"] == "me/name" and "model_index.json" in files and "private.txt" not in files
+    assert isinstance(pipe.scheduler, DDIMScheduler) and (folder / "model_index.json").is_file()
