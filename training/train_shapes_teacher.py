@@ -42,7 +42,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--vae_steps", type=int, default=6000, help="Optimiser steps of the VAE. Default: 6000.")
     add("--vae_batch_size", type=int, default=16, help="Images a step. Default: 16.")
     add("--vae_learning_rate", type=float, default=1.5e-3, help="Peak rate of AdamW. Default: 1.5e-3.")
-    add("--kl_weight", type=float, default=1e-5, help="Weight of the KL term against L1 + MSE. Default: 1e-5.")
+    add("--kl_weight", type=float, default=4e-4, help="Weight of the KL term against L1 + MSE. Default: 4e-4.")
     add("--unet_steps", type=int, default=9000, help="Optimiser steps of UNet and text encoder. Default: 9000.")
     add("--unet_batch_size", type=int, default=64, help="Latents a step. Default: 64.")
     add("--unet_learning_rate", type=float, default=8e-4, help="Peak rate of AdamW. Default: 8e-4.")

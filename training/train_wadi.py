@@ -100,6 +100,9 @@ def _add_warmup_flags(parser: argparse.ArgumentParser) -> None:
     _flag(g, "warmup_sample_batch_size", 64, "Batch of the teacher for these")
     _flag(g, "warmup_learning_rate", 1e-3, "Peak rate of the warm start, decayed to 0 along a cosine")
     _flag(g, "warmup_lr_warmup_steps", 0, "Linear increase of that rate")
+    _flag(
+        g, "fake_warmup_steps", 0, "Updates of the fake alone after it: it starts as the teacher, not as the student"
+    )
     _flag(g, "regression_loss", "mse", "Distance in x0", choices=losses.REGRESSION_LOSSES)
     _flag(g, "huber_delta", 0.1, "Where --regression_loss huber turns linear")
     _flag(g, "regression_weight", 0.0, "Weight of the regression loss during score distillation (DMD: 0.25)")
@@ -175,7 +178,7 @@ AT_LEAST = {
     1: "student_rank fake_rank fake_updates_per_step train_batch_size gradient_accumulation_steps num_train_epochs "
     "checkpointing_steps checkpoints_total_limit logging_steps num_threads text_batch_size shapes_captions "
     "warmup_regression_pairs warmup_num_inference_steps warmup_sample_batch_size num_validation_images resolution",
-    0: "max_train_steps warmup_regression_steps warmup_lr_warmup_steps regression_weight guidance_scale "
+    0: "max_train_steps warmup_regression_steps fake_warmup_steps warmup_lr_warmup_steps regression_weight guidance_scale "
     "fake_guidance_scale warmup_guidance_scale min_timestep fake_min_timestep lr_warmup_steps adam_weight_decay "
     "validation_steps max_cached_prompts seed",
 }

@@ -226,12 +226,16 @@ class WaDiSteps:
             self.backward(loss)
         return logs | {"fake_grad": self.fake.update()}
 
+    def fresh_fake_update(self) -> losses.Logs:
+        """Update the fake on fresh images of the student, which itself stays as it is."""
+        with torch.no_grad():
+            images = [self.one_step_images() for _ in self.batches()]
+        return self.fake_update(images)
+
     def vsd_update(self) -> losses.Logs:
         """One step of score distillation, see the module's docstring."""
         for _ in range(self.args.fake_updates_per_step - 1):
-            with torch.no_grad():
-                images = [self.one_step_images() for _ in self.batches()]
-            self.fake_update(images)
+            self.fresh_fake_update()
         images, logs = self.student_update()
         logs |= self.fake_update(images)
         self.student.lr_scheduler.step()

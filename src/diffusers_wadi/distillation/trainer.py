@@ -75,7 +75,8 @@ class WaDiTrainer:
         self._load_prompts()
         self._load_networks()
         pairs = self._regression_pairs()
-        self.total_steps = args.warmup_regression_steps + self._vsd_steps()
+        self.warmup_steps = args.warmup_regression_steps + args.fake_warmup_steps
+        self.total_steps = self.warmup_steps + self._vsd_steps()
         self.steps = WaDiSteps(
             args,
             self.accelerator,
@@ -225,9 +226,13 @@ class WaDiTrainer:
         self.accelerator.end_training()
 
     def update(self) -> losses.Logs:
-        """The next update: of the warm start first, then of score distillation."""
-        warming = self.step < self.args.warmup_regression_steps
-        logs = self.steps.warmup_update() if warming else self.steps.vsd_update()
+        """The next update: of the warm start first, then of the fake alone, then of score distillation."""
+        if self.step < self.args.warmup_regression_steps:
+            logs = self.steps.warmup_update()
+        elif self.step < self.warmup_steps:
+            logs = self.steps.fresh_fake_update()
+        else:
+            logs = self.steps.vsd_update()
         self.step += 1
         if self.ema is not None:
             self.ema.step(self.networks.student_parameters())
