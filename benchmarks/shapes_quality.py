@@ -108,6 +108,11 @@ def markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
+def one_shape_captions() -> list[str]:
+    """All held-out captions with a single shape, whose place the caption leaves open."""
+    return [caption for caption in heldout_captions(3000, seed=1) if parse_caption(caption).relation is None]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="Adapter folder. Default: the bundled checkpoint.")
@@ -118,12 +123,18 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Default: 64.")
     parser.add_argument("--num_threads", type=int, default=None, help="CPU threads. Default: torch's choice.")
     parser.add_argument("--output_dir", default=None, help="Folder for shapes_quality.json, .md and .png.")
+    parser.add_argument("--one_shape", action="store_true", help="Only judge the held-out captions with one shape.")
     args = parser.parse_args()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
 
     pipeline = WaDiPipeline.from_pretrained(args.model or bundled_checkpoint())
     pipeline.set_progress_bar_config(disable=True)
+    if args.one_shape:
+        for name, call in GENERATORS.items():
+            images = generate(pipeline, one_shape_captions(), args.batch_size, **call)
+            print(name, len(images), json.dumps(judge_all(images, one_shape_captions())))
+        return
     captions = heldout_captions(args.num_captions, seed=1)
     frechet_captions = (captions + heldout_captions(args.num_frechet, seed=2))[: args.num_frechet]
     real, floor = (
