@@ -86,3 +86,13 @@ def test_zero_steps_are_refused_first(script, tmp_path, flag):
     with pytest.raises(ValueError, match=f"{flag} is 0"):
         run(script, tmp_path / "out", flag, "0")
     assert not (tmp_path / "out").exists()
+
+
+def test_relation_loss_is_the_cross_entropy_after_the_relation(script):
+    ids = torch.tensor([5, 6, 7, 8])
+    tokens = torch.tensor([[1, 2, 7, 3], [1, 2, 3, 3]])  # the third relation at place 2; none
+    states = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))
+    logits = 3 * states[0, 2:, :4]
+    expected = -logits.log_softmax(-1)[:, 2].mean()
+    torch.testing.assert_close(script.relation_loss(states, tokens, ids), expected)
+    assert script.relation_loss(states[1:], tokens[1:], ids) == 0

@@ -67,6 +67,7 @@ RESUMED_RUNS = {
     "release": ("--max_train_steps", 4),
     "ema, several fakes": "--max_train_steps 4 --use_ema --fake_updates_per_step 3 --score_weighting dmd2".split(),
     "in the warm start": "--warmup_regression_steps 3 --max_train_steps 1 --use_ema".split(),
+    "fake alone": "--fake_warmup_steps 3 --max_train_steps 1".split(),
     "after it": "--warmup_regression_steps 1 --max_train_steps 3 --regression_weight 0.5 --lr_scheduler cosine".split(),
 }
 
@@ -83,6 +84,18 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run, flags):
     while resumed.step < resumed.total_steps:
         resumed.update()
     assert_same(state_of(whole), state_of(resumed))
+
+
+def test_the_fake_warms_up_alone(run):
+    trained = WaDiTrainer(run("out", "--fake_warmup_steps", 2, "--max_train_steps", 1))
+    before = [{n: p.clone() for n, p in trained.networks.adapter_state(role).items()} for role in ("student", "fake")]
+    for _ in range(2):
+        trained.update()
+    student, fake = (trained.networks.adapter_state(role) for role in ("student", "fake"))
+    assert all(torch.equal(p, before[0][n]) for n, p in student.items())
+    assert any(not torch.equal(p, before[1][n]) for n, p in fake.items())
+    trained.update()
+    assert any(not torch.equal(p, before[0][n]) for n, p in student.items())
 
 
 def test_resuming_with_other_flags_is_refused(run):
