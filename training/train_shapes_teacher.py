@@ -43,6 +43,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--vae_batch_size", type=int, default=16, help="Images a step. Default: 16.")
     add("--vae_learning_rate", type=float, default=1.5e-3, help="Peak rate of AdamW. Default: 1.5e-3.")
     add("--kl_weight", type=float, default=4e-4, help="Weight of the KL term against L1 + MSE. Default: 4e-4.")
+    add(
+        "--kl_warmup_steps",
+        type=int,
+        default=2500,
+        help="VAE steps at 1/40 of that weight. At the full weight from the start the colours collapse into one axis "
+        "before they are told apart. Default: 2500.",
+    )
     add("--unet_steps", type=int, default=9000, help="Optimiser steps of UNet and text encoder. Default: 9000.")
     add("--unet_batch_size", type=int, default=64, help="Latents a step. Default: 64.")
     add("--unet_learning_rate", type=float, default=8e-4, help="Peak rate of AdamW. Default: 8e-4.")
@@ -173,8 +180,9 @@ def train_vae(args: argparse.Namespace, images: np.ndarray):
     progress = tqdm(total=stage.steps, initial=stage.step, desc="VAE", mininterval=5)
     while stage.step < stage.steps:
         pixels = to_pixels(images[batch_indices(stage.step, args.vae_batch_size, len(images), args.seed)], args.device)
+        kl_weight = args.kl_weight / 40 if stage.step < args.kl_warmup_steps else args.kl_weight
         with autocast(args):
-            loss = vae_loss(vae, pixels, stage.generator, args.kl_weight)
+            loss = vae_loss(vae, pixels, stage.generator, kl_weight)
         stage.step_optimizer(loss)
         progress.update()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)

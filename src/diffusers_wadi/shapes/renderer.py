@@ -15,8 +15,11 @@ RADII = {
     1: {"small": (10.0, 12.0), "large": (19.0, 22.0)},
     2: {"small": (8.5, 9.5), "large": (12.5, 13.5)},
 }
-# Centres: a single shape strays from the middle; the shapes of a pair stray from the middles of their halves.
-JITTER = {1: 6.0, 2: 1.0}
+# Centres: a single shape strays from the middle in both directions. The shapes of a pair stray from the middles of their
+# halves, little along the line that joins these and freely across it, each by itself. The freedom is what makes one
+# step hard: the mean of all images of a caption, which an untrained student draws, must be none of them.
+JITTER = 6.0
+PAIR_JITTER = {"along": 1.5, "across": 6.0}
 PAIR_OFFSET = 16.0
 
 
@@ -74,13 +77,21 @@ def _placements(scene: Scene, rng: np.random.Generator) -> list[tuple[Item, floa
     dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}.get(scene.relation, (0, 0))
     placed = []
     for item, side in zip(scene.items, (1, -1)):
-        jitter_x, jitter_y = rng.uniform(-JITTER[count], JITTER[count], size=2)
+        jitter_x, jitter_y = rng.uniform(-1, 1, size=2) * _jitter(dx, dy)
         size = item.size or ("small", "large")[int(rng.integers(2))]
         radius = float(rng.uniform(*RADII[count][size]))
         placed.append(
             (item, middle + side * dx * PAIR_OFFSET + jitter_x, middle + side * dy * PAIR_OFFSET + jitter_y, radius)
         )
     return placed
+
+
+def _jitter(dx: int, dy: int) -> tuple[float, float]:
+    """Largest horizontal and vertical stray, for one shape (0, 0) or a pair joined by the line (dx, dy)."""
+    if not (dx or dy):
+        return JITTER, JITTER
+    along, across = PAIR_JITTER["along"], PAIR_JITTER["across"]
+    return (along, across) if dx else (across, along)
 
 
 def render(scene: Scene, rng: np.random.Generator, size: int = IMAGE_SIZE) -> np.ndarray:
