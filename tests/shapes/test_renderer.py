@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from diffusers_wadi.shapes import parse_caption, render, render_scenes
+from diffusers_wadi.shapes import heldout_captions, judge_image, parse_caption, render, render_scenes
 from diffusers_wadi.shapes.renderer import shape_mask
-from diffusers_wadi.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES
+from diffusers_wadi.shapes.scenes import BACKGROUNDS, COLOURS, SHAPES, training_scenes
 
 
 def test_a_circle_covers_the_area_of_a_circle():
@@ -54,3 +54,21 @@ def test_a_larger_image_shows_the_same_scene():
     small, large = (render(scene, np.random.default_rng(5), size) for size in (64, 128))
     shrunk = large.reshape(64, 2, 64, 2, 3).mean(axis=(1, 3))
     assert np.abs(shrunk - small).mean() < 1.5
+
+
+def test_shapes_stay_inside_the_image():
+    for seed, scene in enumerate(training_scenes(300, seed=6)):
+        image = render(scene, np.random.default_rng(seed)).astype(int)
+        border = np.concatenate([image[0], image[-1], image[:, 0], image[:, -1]])
+        foreign = np.abs(border - BACKGROUNDS[scene.background]).max(axis=-1) > 100
+        assert foreign.sum() <= 3, scene.caption  # no more than the tip of a star
+
+
+def test_the_mean_of_the_images_of_a_caption_is_none_of_them():
+    """What a caption leaves open blurs the mean, which is what an untrained network draws in one step."""
+    verdicts = []
+    for caption in heldout_captions(60, seed=7):
+        images = [render(parse_caption(caption), np.random.default_rng([8, i])) for i in range(32)]
+        verdicts.append(judge_image(np.mean(images, axis=0).round().astype(np.uint8), caption))
+    assert np.mean([right for verdict in verdicts for right in verdict.values()]) < 0.85
+    assert np.mean([all(verdict.values()) for verdict in verdicts]) < 0.4

@@ -75,6 +75,18 @@ def test_standardised_latents_decode_to_the_same_images(script):
     torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(4))
 
 
+def test_the_kl_weight_rises_after_its_warmup(script, tmp_path, monkeypatch):
+    vae_loss, weights = script.vae_loss, []
+
+    def recorded(vae, pixels, generator, kl_weight):
+        weights.append(kl_weight)
+        return vae_loss(vae, pixels, generator, kl_weight)
+
+    monkeypatch.setattr(script, "vae_loss", recorded)
+    run(script, tmp_path, "--vae_steps", "4", "--unet_steps", "1", "--kl_weight", "4e-3", "--kl_warmup_steps", "2")
+    assert weights == [1e-4, 1e-4, 4e-3, 4e-3]
+
+
 def test_a_folder_that_cannot_be_written_is_refused_first(script, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
