@@ -255,9 +255,10 @@ def train_unet(args: argparse.Namespace, vae, latents: torch.Tensor, captions: l
     torch.manual_seed(args.seed + 1)
     tokenizer = shapes_models.build_tokenizer()
     text_encoder = shapes_models.build_text_encoder(tokenizer).to(args.device)
-    unet = shapes_models.build_unet().to(args.device)
+    unet = shapes_models.build_unet().to(args.device, memory_format=torch.channels_last)
     # The backward of fused attention is slower on a CPU than all the rest of this small network together.
     unet.set_attn_processor(AttnProcessor())
+    text_encoder.set_attn_implementation("eager")
     pipeline = shapes_models.build_pipeline(vae, text_encoder, tokenizer, unet)
     stage = Stage("unet", args, {"unet": unet, "text": text_encoder}, args.unet_learning_rate, args.unet_steps)
     stage.resume(args.device)

@@ -116,7 +116,9 @@ def _add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
     _flag(g, "max_train_steps", None, "Student updates by score distillation", type=int)
     _flag(g, "learning_rate", 1e-4, "Of the student")
     _flag(g, "fake_learning_rate", 1e-2, "Of the fake-score network")
-    _flag(g, "lr_scheduler", "constant", "Schedule of both rates", choices=[kind.value for kind in SchedulerType])
+    # piecewise_constant wants rules of its own, for which there is no flag.
+    kinds = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
+    _flag(g, "lr_scheduler", "constant", "Schedule of both rates", choices=kinds)
     _flag(g, "lr_warmup_steps", 0, "Steps of its linear increase")
     _flag(g, "adam_beta1", 0.9, "Adam")
     _flag(g, "adam_beta2", 0.999, "Adam")

@@ -90,3 +90,10 @@ def test_every_flag_is_explained_and_used(parse, capsys):
     sources = "".join(Path(module.__file__).read_text() for module in (steps, trainer)) + SCRIPT.read_text()
     for name in vars(parse()):
         assert f"--{name}" in shown and f"args.{name}" in sources, name
+
+
+def test_a_schedule_that_needs_rules_of_its_own_is_not_offered(parse, capsys):
+    with pytest.raises(SystemExit):
+        parse("--lr_scheduler", "piecewise_constant")
+    assert "invalid choice" in capsys.readouterr().err
+    assert parse("--lr_scheduler", "cosine").lr_scheduler == "cosine"
