@@ -1,9 +1,17 @@
+import json
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import load_file
 
-from diffusers_wadi import WaDiPipeline, cli
+from diffusers_wadi import WaDiPipeline, bundled_checkpoint, cli
+from diffusers_wadi.cli import _flags, convert
+from diffusers_wadi.cli import generate as generating
 
 
 def generate(*arguments):
@@ -58,7 +66,7 @@ def test_size_and_dtype(adapter_folder, tmp_path, capsys):
 def test_a_bad_request_is_refused_before_loading(tmp_path, capsys, monkeypatch, arguments, message):
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda args: pytest.fail("loaded before checking"))
+    monkeypatch.setattr(generating, "_load", lambda args: pytest.fail("loaded before checking"))
     assert generate("red", *(argument.format(tmp=tmp_path) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert error.startswith("wadi: error: ") and message in error and error.count("\n") == 1
@@ -83,8 +91,8 @@ def test_running_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch, part):
     def exhaust(*args):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 GiB.")
 
-    monkeypatch.setattr(cli, "_load", lambda args: (None, "model"))
-    monkeypatch.setattr(cli, part, exhaust)
+    monkeypatch.setattr(generating, "_load", lambda args: (None, "model"))
+    monkeypatch.setattr(generating, part, exhaust)
     assert generate("red", "-o", tmp_path / "x.png") == 2
     error = capsys.readouterr().err
     assert error.startswith("wadi: error: CUDA out of memory. Tried") and error.count("\n") == 1
@@ -94,9 +102,11 @@ def test_running_out_of_memory_is_one_line(tmp_path, capsys, monkeypatch, part):
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
-    assert cli._device("cuda:1") == torch.device("cuda:1") and cli._device("cuda") == torch.device("cuda")
+    assert _flags.torch_device("cuda:1") == torch.device("cuda:1") and _flags.torch_device("cuda") == torch.device(
+        "cuda"
+    )
     with pytest.raises(ValueError, match="cuda:9: there are 2 of kind cuda"):
-        cli._device("cuda:9")
+        _flags.torch_device("cuda:9")
 
 
 def test_an_image_is_whole_or_absent(tmp_path):
@@ -107,18 +117,190 @@ def test_an_image_is_whole_or_absent(tmp_path):
 
     (tmp_path / "x.png").write_bytes(b"old")
     with pytest.raises(OSError, match="disk full"):
-        cli._save(Broken(), tmp_path / "x.png", {})
+        generating._save(Broken(), tmp_path / "x.png", {})
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.png", b"old")]
 
 
+FLAGS = {
+    "generate": "--seed --num-images --model --base-model --device --dtype --height --width",
+    "fuse": "--output --base-model --weight-name --subfolder --scale --dtype",
+    "extract": "--output --rank --energy --subfolder --variant --target-modules --exclude-modules --convolutions "
+    "--base-model --dtype --device",
+    "export": "--output --text-encoder --lora --rank --energy --layout --base-model --weight-name --subfolder --scale --dtype",
+}
+
+
 def test_help_names_every_flag(capsys):
-    for arguments in ([], ["generate"]):
-        with pytest.raises(SystemExit) as stop:
-            cli.main([*arguments, "--help"])
-        assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
     said = capsys.readouterr().out
-    for flag in ("--seed", "--num-images", "--model", "--base-model", "--device", "--dtype", "--height", "--width"):
-        assert flag in said
+    assert stop.value.code == 0 and all(command in said for command in FLAGS)
+    for command, flags in FLAGS.items():
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        said = capsys.readouterr().out
+        assert stop.value.code == 0 and not [flag for flag in flags.split() if flag not in said]
     with pytest.raises(SystemExit) as stop:
         cli.main(["generate", "x", "--num-images", "0"])
     assert stop.value.code == 2
+
+
+def test_the_command_line_imports_nothing_slow():
+    code = "import sys, diffusers_wadi.cli; assert not {'torch', 'diffusers'} & set(sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "diffusers_wadi.cli", "--version"], capture_output=True, text=True)
+    assert done.stdout.startswith("diffusers-wadi ")
+
+
+def run(*arguments):
+    return cli.main([str(argument) for argument in arguments])
+
+
+def images(pipe, **options):
+    call = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"} | options
+    return pipe("red", generator=torch.Generator().manual_seed(0), **call).images
+
+
+def test_fuse_writes_a_folder_for_stock_diffusers(adapter_folder, base_folder, tmp_path, capsys):
+    out = tmp_path / "new" / "complete"
+    assert run("fuse", adapter_folder, "-o", out) == 0
+    assert f"wrote the complete checkpoint {out}" in capsys.readouterr().out
+    pipe = WaDiPipeline.from_pretrained(adapter_folder)
+    pipe.fuse_lorad()
+    stock = StableDiffusionPipeline.from_pretrained(out)
+    assert np.array_equal(images(stock), images(pipe))
+    assert not [key for key in stock.unet.state_dict() if "lorad" in key]
+    # Over an older one, at another strength, in half precision.
+    assert (
+        run("fuse", adapter_folder, "-o", out, "--scale", "0.5", "--dtype", "float16", "--base-model", base_folder)
+        == 0
+    )
+    state = load_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    pipe = WaDiPipeline.from_pretrained(adapter_folder)
+    pipe.fuse_lorad(lorad_scale=0.5)
+    pipe.unload_lorad_weights()
+    assert "Casting directly" not in capsys.readouterr().err
+    for key, value in pipe.unet.state_dict().items():
+        assert torch.equal(state[key], value.half())
+
+
+def test_fuse_of_a_complete_checkpoint_copies_it(base_folder, tmp_path, capsys):
+    assert run("fuse", base_folder, "-o", tmp_path / "copy") == 0
+    first, second = (
+        load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (base_folder, tmp_path / "copy")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first | second)
+    assert run("fuse", base_folder, "-o", tmp_path / "other", "--scale", "0.5") == 2
+    assert "nothing for --scale to scale" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_extract_undoes_fuse(adapter_folder, base_folder, tmp_path, capsys):
+    assert run("fuse", adapter_folder, "-o", tmp_path / "complete") == 0
+    out = tmp_path / "adapter"
+    assert run("extract", base_folder, tmp_path / "complete", "-o", out, "--rank", 4) == 0
+    said = capsys.readouterr().out
+    assert "| layer |" in said and "100.00% of their change explained" in said and "wrote " in said
+    assert "names no base model" not in said
+    again, pipe = (WaDiPipeline.from_pretrained(folder) for folder in (out, adapter_folder))
+    assert np.abs(images(again) - images(pipe)).max() < 1e-3
+    layers = len(json.loads((out / "extraction_report.json").read_text())["layers"])
+    arguments = ["extract", base_folder / "unet", tmp_path / "complete" / "unet", "-o", out, "--dtype", "float16"]
+    assert run(*arguments, "--energy", "0.9", "--base-model", "org/base", "--exclude-modules", "to_q, to_k") == 0
+    report = json.loads((out / "extraction_report.json").read_text())
+    assert 0 < len(report["layers"]) < layers and {entry["reason"] for entry in report["left_out"]} == {"excluded"}
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/base"
+    file = out / "pytorch_lorad_weights.safetensors"
+    assert {value.dtype for value in load_file(file).values()} == {torch.float16}
+    weights = tmp_path / "complete" / "unet" / "diffusion_pytorch_model.safetensors"
+    base = base_folder / "unet" / "diffusion_pytorch_model.safetensors"
+    assert run("extract", base, weights, "-o", tmp_path / "nameless", "--rank", 2, "--target-modules", "to_q") == 0
+    assert "it names no base model" in capsys.readouterr().out
+
+
+def test_export_of_a_checkpoint(adapter_folder, base_folder, tmp_path, capsys):
+    out = tmp_path / "new" / "model.safetensors"
+    assert run("export", adapter_folder, "-o", out, "--dtype", "float32") == 0
+    said = capsys.readouterr().out
+    assert f"wrote {out}" in said and "CFG 1" in said
+    stock = StableDiffusionPipeline.from_single_file(str(out), config=str(base_folder), local_files_only=True)
+    pipe = WaDiPipeline.from_pretrained(adapter_folder)
+    pipe.fuse_lorad()
+    assert np.array_equal(images(stock), images(pipe))
+    assert run("export", base_folder, "-o", out, "--text-encoder", "sd2", "--dtype", "float16") == 0
+    state = load_file(out)
+    assert "cond_stage_model.model.token_embedding.weight" in state and {v.dtype for v in state.values()} == {
+        torch.float16
+    }
+
+
+def test_export_of_a_lora(adapter_folder, base_folder, tmp_path, capsys):
+    assert run("export", adapter_folder, "--lora", "--rank", 100, "--scale", "0.5", "-o", tmp_path / "lora") == 0
+    assert "100.00% of their change explained" in capsys.readouterr().out
+    stock = StableDiffusionPipeline.from_pretrained(base_folder)
+    stock.load_lora_weights(str(tmp_path / "lora"))
+    pipe = WaDiPipeline.from_pretrained(adapter_folder)
+    pipe.fuse_lorad(lorad_scale=0.5)
+    assert np.abs(images(stock) - images(pipe)).max() < 1e-3
+    arguments = ["export", adapter_folder, "--lora", "--energy", "0.5", "--layout", "kohya"]
+    assert run(*arguments, "-o", tmp_path / "deep" / "kohya.safetensors") == 0
+    assert all(key.startswith("lora_unet_") for key in load_file(tmp_path / "deep" / "kohya.safetensors"))
+
+
+def test_conversions_of_the_bundled_checkpoint(tmp_path):
+    """Whatever its weights are: fuse it, extract it again at its rank, export it both ways."""
+    adapter, teacher = bundled_checkpoint(), bundled_checkpoint() / "teacher"
+    rank = json.loads((adapter / "adapter_config.json").read_text())["r"]
+    assert run("fuse", adapter, "-o", tmp_path / "complete") == 0
+    assert (
+        run("extract", teacher, tmp_path / "complete", "-o", tmp_path / "adapter", "--rank", rank, "--convolutions")
+        == 0
+    )
+    report = json.loads((tmp_path / "adapter" / "extraction_report.json").read_text())
+    assert report["explained"] > 0.9999
+    pipes = [WaDiPipeline.from_pretrained(folder) for folder in (adapter, tmp_path / "adapter")]
+    for pipe in pipes:
+        pipe.fuse_lorad()
+        pipe.unload_lorad_weights()
+    first, second = (pipe.unet.state_dict() for pipe in pipes)
+    assert max((first[key] - second[key]).abs().max() for key in first) <= 1e-4
+    assert run("export", adapter, "-o", tmp_path / "one.safetensors") == 0
+    assert run("export", adapter, "--lora", "--rank", 8, "-o", tmp_path / "lora") == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["extract", "a", "b", "-o", "{tmp}/x"], "pass --rank"),
+        (["extract", "a", "b", "-o", "{tmp}/x", "--energy", "2"], "at most 1, got 2.0"),
+        (["extract", "{tmp}", "{tmp}", "-o", "{tmp}/x", "--rank", "2"], "no diffusion_pytorch_model.safetensors"),
+        (["extract", "{tmp}/no", "{tmp}", "-o", "{tmp}/x", "--rank", "2"], "not a folder here"),
+        (["extract", "a", "b", "-o", "{tmp}/file", "--rank", "2"], "it is a file already"),
+        (["extract", "a", "b", "-o", "{tmp}/file/x", "--rank", "2"], "cannot write to the folder"),
+        (["extract", "a", "b", "-o", "{tmp}/x", "--rank", "2", "--device", "tpu9000"], "no device that torch knows"),
+        (["fuse", "{tmp}", "-o", "{tmp}/x"], "neither model_index.json"),
+        (["export", "{tmp}", "-o", "{tmp}/x.safetensors"], "neither model_index.json"),
+        (["export", "a", "-o", "{tmp}/x"], "expected a file ending in .safetensors, or --lora"),
+        (["export", "a", "-o", "{tmp}/x.safetensors", "--rank", "2"], "only --lora takes --rank"),
+        (["export", "a", "-o", "{tmp}/x", "--lora"], "pass --rank"),
+        (
+            ["export", "a", "-o", "{tmp}/x", "--lora", "--rank", "2", "--text-encoder", "sd1"],
+            "does not take --text-encoder",
+        ),
+        (["export", "{base}", "-o", "{tmp}/x", "--lora", "--rank", "2"], "no LoRaD adapter to make a LoRA of"),
+    ],
+)
+def test_user_errors_of_conversions_are_one_line(tmp_path, base_folder, capsys, arguments, message):
+    (tmp_path / "file").touch()
+    assert run(*(argument.format(tmp=tmp_path, base=base_folder) for argument in arguments)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wadi: error: ") and message in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_running_out_of_memory_in_a_conversion(tmp_path, capsys, monkeypatch):
+    def exhaust(args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(convert, "_load", exhaust)
+    assert run("fuse", "x", "-o", tmp_path / "y") == 2
+    assert "more memory, or --device cpu" in capsys.readouterr().err

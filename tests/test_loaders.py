@@ -84,6 +84,17 @@ def test_config_beside_equals_metadata_and_peft_reads_it(adapter_folder, base_fo
     assert config.base_model_name_or_path == str(base_folder)
 
 
+def test_ranks_may_differ_in_a_state_dict_without_config(unet):
+    config = LoRaDConfig(r=4, rank_pattern={"to_q": 2}, target_modules=TARGETS, init_lorad_weights="xavier")
+    unet.add_adapter(config, "mixed")
+    state = {f"unet.{key}": value for key, value in get_peft_model_state_dict(unet, adapter_name="mixed").items()}
+    assert len({value.shape[1] for key, value in state.items() if key.endswith("lorad_A")}) == 2
+    expected = predict(unet)
+    unet.delete_adapters("mixed")
+    load_lorad_adapter(unet, state, "again")
+    assert torch.equal(predict(unet), expected)
+
+
 def test_ranks_may_differ(unet, tmp_path):
     other = copy.deepcopy(unet)
     config = LoRaDConfig(r=4, rank_pattern={"to_q": 2}, target_modules=TARGETS, init_lorad_weights="xavier")
@@ -195,7 +206,7 @@ def test_failure_while_filling_is_rolled_back(unet, adapter, monkeypatch):
         raise RuntimeError("disk on fire")
 
     before = predict(unet)
-    monkeypatch.setattr("diffusers_wadi.loaders.set_peft_model_state_dict", fail)
+    monkeypatch.setattr("diffusers_wadi._adapter_io.set_peft_model_state_dict", fail)
     with pytest.raises(RuntimeError, match="on fire"):
         load_lorad_adapter(unet, adapter, "new")
     assert torch.equal(predict(unet), before) and not any("lorad" in key for key in unet.state_dict())

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
 
 
 def test_exactly_two_commands_do_all_set_up():
@@ -26,14 +28,24 @@ def test_snippets_run(tmp_path, monkeypatch):
     assert names["image"].size == (64, 64) and (tmp_path / "one-step-shapes" / "model_index.json").is_file()
 
 
-def test_pictures_and_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_snippets_of_the_documentation_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    snippets = re.findall(r"<!-- test: snippet -->\n```python\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    assert snippets
+    names: dict = {}
+    for code in snippets:
+        exec(compile(code, page.name, "exec"), names)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_pictures_and_links_exist(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
         if not target.startswith("http"):
-            assert (Path(__file__).parent.parent / target).exists(), target
-    for target in re.findall(r'src="([^"]+)"', README):
-        assert (Path(__file__).parent.parent / target).exists(), target
+            assert (page.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "setup.cfg", ".ci/run", "training/README.md"])
 def test_the_files_that_a_stranger_looks_for_are_there(name):
-    assert (Path(__file__).parent.parent / name).is_file()
+    assert (ROOT / name).is_file()

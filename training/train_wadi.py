@@ -65,6 +65,7 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
         g, "fake_guidance_scale", None, "Guidance of the fake score; None: the teacher's; 1 saves a pass", type=float
     )
     _flag(g, "student_rank", 256, "LoRaD rank of the student")
+    _flag(g, "student_convolutions", False, "Turn the student's convolutions too (the paper's Linear + Conv)")
     _flag(g, "fake_rank", 32, "LoRaD rank of the fake-score network")
     _flag(
         g, "score_weighting", "sigma2", "sigma_t^2, or DMD2's 1/mean|x0 - x0_teacher|", choices=losses.SCORE_WEIGHTINGS
@@ -166,10 +167,20 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     _flag(g, "logging_dir", "logs", "Of the tracker, inside output_dir")
 
 
+def _add_hub_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("upload of the student to the Hugging Face Hub")
+    _flag(g, "push_to_hub", False, "Upload student, scheduler, sample grid and a model card when done")
+    _flag(g, "hub_model_id", None, "Repository; None: the name of output_dir, in the account of the token")
+    _flag(g, "hub_token", None, "Token with the right to write; None: that of `hf auth login`")
+    _flag(g, "hub_private", False, "Make the repository private, if it is new")
+    _flag(g, "hub_license", None, "Licence that the card names, e.g. apache-2.0")
+
+
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Flags of the script; `input_args` instead of the command line in tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for add in (_add_data_flags, _add_method_flags, _add_warmup_flags, _add_optimiser_flags, _add_machine_flags):
+    _add_data_flags(parser)
+    for add in (_add_method_flags, _add_warmup_flags, _add_optimiser_flags, _add_machine_flags, _add_hub_flags):
         add(parser)
     args = parser.parse_args(input_args)
     check_args(args)

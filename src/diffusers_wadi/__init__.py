@@ -14,16 +14,35 @@ from typing import TYPE_CHECKING, Any
 from diffusers_wadi._on_import import when_imported
 
 if TYPE_CHECKING:
+    from diffusers_wadi.authors_files import (
+        convert_authors_state_dict_to_lorad,
+        convert_lorad_state_dict_to_authors,
+        load_authors_weights,
+        read_authors_file,
+        save_authors_file,
+    )
+    from diffusers_wadi.conversion import export_lora, export_single_file, extract_lorad
     from diffusers_wadi.loaders import LoRaDLoaderMixin, load_lorad_adapter, save_lorad_adapter
     from diffusers_wadi.lorad import (
         DEFAULT_RANKS,
         LoRaDConfig,
+        LoRaDConv2d,
         LoRaDLayer,
         LoRaDLinear,
         LoRaDModel,
+        add_weighted_adapter,
+        hotswap_lorad_adapter,
         lorad_target_modules,
+        mixed_adapter_batch,
         trainable_parameter_count,
     )
+    from diffusers_wadi.lorad.attention_conversion import (
+        attn_processors_from_lorad,
+        fuse_lorad_attn_processors,
+        lorad_state_dict_from_attn_processors,
+    )
+    from diffusers_wadi.lorad.attention_processor import LoRaDAttnProcessor
+    from diffusers_wadi.model_card import CardDetails
     from diffusers_wadi.pipelines import WaDiPipeline
     from diffusers_wadi.schedulers import check_one_step_scheduler, one_step_scheduler
     from diffusers_wadi.shapes import bundled_checkpoint
@@ -31,36 +50,70 @@ if TYPE_CHECKING:
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
+    "CardDetails": "model_card",
     "DEFAULT_RANKS": "lorad",
+    "LoRaDAttnProcessor": "lorad.attention_processor",
     "LoRaDConfig": "lorad",
+    "LoRaDConv2d": "lorad",
     "LoRaDLayer": "lorad",
     "LoRaDLinear": "lorad",
     "LoRaDLoaderMixin": "loaders",
     "LoRaDModel": "lorad",
     "WaDiPipeline": "pipelines",
+    "add_weighted_adapter": "lorad",
+    "attn_processors_from_lorad": "lorad.attention_conversion",
     "bundled_checkpoint": "shapes",
     "check_one_step_scheduler": "schedulers",
+    "convert_authors_state_dict_to_lorad": "authors_files",
+    "convert_lorad_state_dict_to_authors": "authors_files",
+    "export_lora": "conversion",
+    "export_single_file": "conversion",
+    "extract_lorad": "conversion",
+    "fuse_lorad_attn_processors": "lorad.attention_conversion",
+    "hotswap_lorad_adapter": "lorad",
+    "load_authors_weights": "authors_files",
     "load_lorad_adapter": "loaders",
+    "lorad_state_dict_from_attn_processors": "lorad.attention_conversion",
     "lorad_target_modules": "lorad",
+    "mixed_adapter_batch": "lorad",
     "one_step_scheduler": "schedulers",
+    "read_authors_file": "authors_files",
+    "save_authors_file": "authors_files",
     "save_lorad_adapter": "loaders",
     "trainable_parameter_count": "lorad",
 }
 
 __all__ = [
+    "CardDetails",
     "DEFAULT_RANKS",
+    "LoRaDAttnProcessor",
     "LoRaDConfig",
+    "LoRaDConv2d",
     "LoRaDLayer",
     "LoRaDLinear",
     "LoRaDLoaderMixin",
     "LoRaDModel",
     "WaDiPipeline",
     "__version__",
+    "add_weighted_adapter",
+    "attn_processors_from_lorad",
     "bundled_checkpoint",
     "check_one_step_scheduler",
+    "convert_authors_state_dict_to_lorad",
+    "convert_lorad_state_dict_to_authors",
+    "export_lora",
+    "export_single_file",
+    "extract_lorad",
+    "fuse_lorad_attn_processors",
+    "hotswap_lorad_adapter",
+    "load_authors_weights",
     "load_lorad_adapter",
+    "lorad_state_dict_from_attn_processors",
     "lorad_target_modules",
+    "mixed_adapter_batch",
     "one_step_scheduler",
+    "read_authors_file",
+    "save_authors_file",
     "save_lorad_adapter",
     "trainable_parameter_count",
 ]

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffusers_wadi._files import find_file, probe_file
 from diffusers_wadi.lorad.config import LoRaDConfig
-from diffusers_wadi.lorad.targets import adaptable_linears
+from diffusers_wadi.lorad.targets import adaptable_layers
 
 LORAD_WEIGHT_NAME = "pytorch_lorad_weights.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
@@ -79,11 +79,13 @@ def read_adapter(
     path, config = Path(source), None
     if not path.is_file():
         name = weight_name or LORAD_WEIGHT_NAME
+        require_safetensors(name)  # before anything is downloaded
         config = read_adapter_config(source, subfolder, **hub)
         path = find_file(source, name, subfolder, **hub)
         if path is None:
+            place = "/".join([str(source), *([subfolder] if subfolder else [])])
             raise FileNotFoundError(
-                f"no {name} in {str(source)!r}; a LoRaD adapter folder holds it beside {ADAPTER_CONFIG_NAME}. Pass "
+                f"no {name} in {place!r}; a LoRaD adapter folder holds it beside {ADAPTER_CONFIG_NAME}. Pass "
                 f"weight_name= for another file name, subfolder= for a folder inside."
             )
     elif (path.parent / ADAPTER_CONFIG_NAME).is_file():
@@ -119,7 +121,10 @@ def _refuse_foreign(state: StateDict, origin: str) -> None:
     if example is not None and "lora_" in example:
         hint = "This is a LoRA; load it with pipe.load_lora_weights."
     elif any("theta_" in key for key in state):
-        hint = "These are training weights of the authors' release, which this version does not read."
+        hint = (
+            "These are training weights in the layout of the authors' release; load what "
+            "convert_authors_state_dict_to_lorad makes of them."
+        )
     raise ValueError(
         f"{origin} holds no LoRaD weights (keys ending in .lorad_A); its first key is {example!r}. {hint}"
     )
@@ -144,9 +149,11 @@ def _misfit(name: str, module: torch.nn.Module | None, a: torch.Tensor, b: torch
     if weight is None or weight.ndim < 2:
         return f"{name}: a {type(base).__name__} cannot be rotated"
     out_features, in_features = weight.shape[0], weight[0].numel()
+    if isinstance(base, torch.nn.Linear):  # a quantised weight may be packed into another shape
+        out_features, in_features = base.out_features, base.in_features
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or not a.is_floating_point():
         return f"{name}: lorad_A {tuple(a.shape)} and lorad_B {tuple(b.shape)} are not (out, r) and (r, in/2)"
-    if (a.shape[0], 2 * b.shape[1]) != (out_features, in_features):
+    if (a.shape[0], b.shape[1]) != (out_features, in_features // 2):  # a convolution may have an odd one over
         return (
             f"{name}: the file is for (out, in) = {(a.shape[0], 2 * b.shape[1])}, "
             f"the model has {(out_features, in_features)}"
@@ -180,10 +187,10 @@ def refuse_lost_layers(model: torch.nn.Module, factors: Factors, saved: dict[str
     """
     if not saved or not saved.get("target_modules"):
         return
-    config, linears = LoRaDConfig.from_peft_type(**saved), [name for name, _ in adaptable_linears(model)]
+    config, layers = LoRaDConfig.from_peft_type(**saved), dict(adaptable_layers(model))
     if config.target_modules == "all-linear":
-        config.target_modules = set(linears)
-    expected = {name for name in linears if check_target_module_exists(config, name)}
+        config.target_modules = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
+    expected = {name for name in layers if check_target_module_exists(config, name)}
     odd = sorted(expected ^ factors.keys())
     if odd:
         raise ValueError(
@@ -198,9 +205,9 @@ def config_for(factors: Factors, saved: dict[str, Any] | None, origin: str) -> L
     ranks = {name: a.shape[1] for name, (a, _) in factors.items()}
     common = Counter(ranks.values()).most_common(1)[0][0]
     saved = dict(saved or {"peft_type": "LORAD"})
-    if not saved.get("rank_pattern") and set(ranks.values()) != {saved.get("r", common)}:
+    if "r" in saved and not saved.get("rank_pattern") and set(ranks.values()) != {saved["r"]}:
         raise ValueError(
-            f"{origin}: its config says rank {saved.get('r')}, its tensors have {sorted(set(ranks.values()))}; "
+            f"{origin}: its config says rank {saved['r']}, its tensors have {sorted(set(ranks.values()))}; "
             f"config and weights are not of one adapter"
         )
     exact = {

@@ -15,12 +15,23 @@ class NotCachedError(FileNotFoundError):
     """The Hub cannot be reached, and the file is not in the local cache: whether it exists is not known."""
 
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:
     """The part of diffusers' loading keywords that `huggingface_hub` knows, without those left at None."""
     return {key: options[key] for key in HUB_OPTIONS if options.get(key) is not None}
+
+
+def refuse_unknown_options(options: dict[str, Any]) -> None:
+    """Refuse keywords that would be ignored, such as a misspelt `revision`.
+
+    Raises:
+        TypeError: names the first of them.
+    """
+    unknown = sorted(options.keys() - set(HUB_OPTIONS))
+    if unknown:
+        raise TypeError(f"unexpected keyword {unknown[0]!r}; expected {', '.join(HUB_OPTIONS)}")
 
 
 def find_file(source: str | os.PathLike, filename: str, subfolder: str | None = None, **hub: Any) -> Path | None:
@@ -30,7 +41,7 @@ def find_file(source: str | os.PathLike, filename: str, subfolder: str | None = 
         source: local folder, or Hub name "org/name". A local folder wins.
         filename: file inside it; must stay inside.
         subfolder: folder inside `source` to look in.
-        **hub: revision, token, cache_dir, local_files_only, force_download.
+        **hub: revision, token, cache_dir, local_files_only, force_download, proxies.
 
     Returns:
         Its local path, or None if `source` exists but holds no such file.
@@ -59,21 +70,66 @@ def probe_file(source: str | os.PathLike, filename: str, subfolder: str | None =
         return None
 
 
+def folder_inside(source: str | os.PathLike, name: str, marker: str, subfolder: str | None, **hub: Any) -> Path | None:
+    """Look for a folder in a local folder or a Hub repository.
+
+    Args:
+        source: local folder, or Hub name.
+        name: of the folder, inside `subfolder` of `source`.
+        marker: a file by which such a folder is known in a repository, where folders do not exist by themselves.
+        **hub: see `find_file`.
+
+    Returns:
+        Its local path, in the Hub's cache after a download of all that lies in it, or None if there is none.
+
+    Raises:
+        OSError: it is there, but cannot be downloaded.
+    """
+    inside = Path(subfolder or "", name)
+    if inside.is_absolute() or ".." in inside.parts or Path(source).is_file():
+        return None
+    if Path(source).is_dir():
+        return Path(source, inside) if Path(source, inside).is_dir() else None
+    if probe_file(source, marker, inside.as_posix(), **hub) is None:
+        return None
+    from huggingface_hub import snapshot_download
+
+    with _explained(str(source)):
+        return Path(snapshot_download(str(source), allow_patterns=f"{inside.as_posix()}/*", **hub), inside)
+
+
 def _download(repository: str, filename: str, hub: dict[str, Any]) -> Path | None:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    advice = "Check the spelling; for a private repository pass token=, and offline it must already be in the cache."
     try:
-        return Path(hf_hub_download(repository, filename, **hub))
+        with _explained(repository):
+            return Path(hf_hub_download(repository, filename, **hub))
     except LocalEntryNotFoundError as error:
         reason = f"its {filename} is not in the local cache and could not be downloaded"
-        raise NotCachedError(f"{repository!r} is not a folder here, and as a Hub name {reason}. {advice}") from error
+        raise NotCachedError(f"{repository!r} is not a folder here, and as a Hub name {reason}. {ADVICE}") from error
     except EntryNotFoundError:
         return None
-    except (HFValidationError, OSError) as error:  # the Hub client's network errors are OSErrors
-        summary = str(error).strip().split("\n")[0]
-        raise OSError(f"{repository!r} is not a folder here, nor a usable Hub name: {summary} {advice}") from error
+
+
+ADVICE = "Check the spelling; for a private repository pass token=, and offline it must already be in the cache."
+
+
+@contextmanager
+def _explained(repository: str) -> Iterator[None]:
+    """Errors of the Hub's client as OSErrors that say what to do; a missing file stays what it is."""
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.utils import httpx
+
+    try:
+        yield
+    except EntryNotFoundError:
+        raise
+    except (HFValidationError, OSError, httpx.HTTPError) as error:  # the Hub's answers are OSErrors, a cut line is not
+        summary = " ".join(
+            [line for line in str(error).splitlines() if line.strip()][:2]
+        )  # what, and about which address
+        raise OSError(f"{repository!r} is not a folder here, nor a usable Hub name: {summary} {ADVICE}") from error
 
 
 def writable_folder(folder: str | os.PathLike) -> Path:

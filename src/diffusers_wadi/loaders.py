@@ -1,40 +1,24 @@
-"""Saving and loading LoRaD adapters: one safetensors file plus `adapter_config.json`.
-
-The file holds `<component>.<module path>.lorad_A` (out, r) and `.lorad_B` (r, in/2), and in its metadata the same
-config as stands beside it, so that either alone describes the adapter. Everything in a file is checked against the
-model before the model is touched.
-"""
+"""`LoRaDLoaderMixin`: LoRaD adapters for diffusers pipelines, from a folder, a file, the Hub or a state dict, and back."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 
-from diffusers_wadi._adapter_files import (
-    ADAPTER_CONFIG_NAME,
-    LORAD_WEIGHT_NAME,
-    METADATA_KEY,
-    StateDict,
-    config_for,
-    read_adapter,
-    refuse_lost_layers,
-    refuse_misfit,
-    refuse_surplus,
-    require_safetensors,
-    split_factors,
-)
-from diffusers_wadi._files import hub_options, writable_folder, written_beside
-from diffusers_wadi.lorad.config import LoRaDConfig
+from diffusers_wadi import _adapter_ops as ops
+from diffusers_wadi._adapter_files import LORAD_WEIGHT_NAME
+from diffusers_wadi._adapter_io import load_lorad_adapter, save_lorad_adapter
+from diffusers_wadi._adapter_ops import lorad_adapter_names, lorad_layers
+from diffusers_wadi._hub import UploadOptions, publish, refuse_local_base
+from diffusers_wadi._offloading import offloading_paused
 from diffusers_wadi.lorad.layer import LoRaDLayer
+from diffusers_wadi.lorad.merging import outer_unmerged
+from diffusers_wadi.model_card import CardDetails, adapter_card, with_sample_grid
 
 __all__ = [
     "LoRaDLoaderMixin",
@@ -45,189 +29,18 @@ __all__ = [
 ]
 
 
-def lorad_layers(model: torch.nn.Module) -> Iterator[LoRaDLayer]:
-    """The LoRaD layers of a model."""
-    return (module for module in model.modules() if isinstance(module, LoRaDLayer))
-
-
-def lorad_adapter_names(model: torch.nn.Module) -> list[str]:
-    """The names of the LoRaD adapters of a model, without those of other PEFT methods."""
-    configs = getattr(model, "peft_config", None) or {}
-    return [name for name, config in configs.items() if isinstance(config, LoRaDConfig)]
-
-
-def save_lorad_adapter(
-    model: torch.nn.Module,
-    folder: str | os.PathLike,
-    adapter_name: str = "default",
-    component: str = "unet",
-    base_model_name_or_path: str | None = None,
-    weight_name: str = LORAD_WEIGHT_NAME,
-    metadata: Mapping[str, str] | None = None,
-    dtype: torch.dtype | None = None,
-) -> Path:
-    """Write one adapter of `model` as a folder that `load_lorad_adapter` and `WaDiPipeline.from_pretrained` read.
-
-    Args:
-        model: a model with LoRaD adapters.
-        folder: where to write; created if need be. Each file appears whole or not at all.
-        adapter_name: which adapter.
-        component: name of the model in its pipeline, the prefix of the keys.
-        base_model_name_or_path: the pipeline that the adapter belongs to: a Hub name, a path, or a folder name inside
-            `folder`. Default None keeps what the adapter's config says.
-        weight_name: file name of the weights, ending in .safetensors.
-        metadata: further strings for the metadata of the file, such as the training settings.
-        dtype: of the tensors in the file; float16 halves the file and rounds each factor by 0.05 %. Default None keeps
-            theirs (float32). Loaded factors are float32 either way.
-
-    Returns:
-        Path of the weights.
-
-    Raises:
-        ValueError: no such LoRaD adapter, values that are not finite, or another file format asked for.
-        OSError: `folder` is not writable.
-    """
-    if adapter_name not in lorad_adapter_names(model):
-        raise ValueError(f"no LoRaD adapter {adapter_name!r} to save; the model has {lorad_adapter_names(model)}")
-    require_safetensors(weight_name)
-    path = writable_folder(folder) / weight_name
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
-    # A plain LoRA wrapped around a LoRaD layer puts its own attribute into the path; the file is without it.
-    state = {
-        f"{component}.{_plain(key)}": value.detach().to("cpu", dtype).contiguous() for key, value in state.items()
-    }
-    broken = [key for key, value in state.items() if not torch.isfinite(value).all()]
-    if broken:
-        raise ValueError(f"{len(broken)} tensors of {adapter_name!r} are not finite, first {broken[0]}; not saved")
-    config = _config_json(model.peft_config[adapter_name], base_model_name_or_path)
-    with written_beside(path) as temporary:
-        save_file(state, temporary, metadata={"format": "pt", METADATA_KEY: config, **(metadata or {})})
-    with written_beside(path.parent / ADAPTER_CONFIG_NAME) as temporary:
-        temporary.write_text(config + "\n", encoding="utf-8")
-    return path
-
-
-def _config_json(config: LoRaDConfig, base_model_name_or_path: str | None) -> str:
-    values = asdict(config) | {"inference_mode": True}
-    if base_model_name_or_path is not None:
-        values["base_model_name_or_path"] = str(base_model_name_or_path)
-    return json.dumps(values, indent=2, sort_keys=True, default=sorted)  # sorted: sets of names
-
-
-def _plain(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part != "base_layer")
-
-
-def load_lorad_adapter(
-    model: torch.nn.Module,
-    source: str | os.PathLike | Mapping[str, torch.Tensor],
-    adapter_name: str = "default",
-    component: str = "unet",
-    weight_name: str | None = None,
-    subfolder: str | None = None,
-    **hub: Any,
-) -> None:
-    """Load a LoRaD adapter into `model`, where it becomes the active one.
-
-    Args:
-        model: the base model, with or without other adapters.
-        source: adapter folder, .safetensors file, Hub name, or a state dict.
-        adapter_name: name to give it; must be free.
-        component: prefix of the keys to strip, if they have it.
-        weight_name: file name in a folder or repository, default "pytorch_lorad_weights.safetensors".
-        subfolder: folder inside `source`.
-        **hub: revision, token, cache_dir, local_files_only, force_download.
-
-    Raises:
-        ValueError: the name is taken, the file is damaged or of another kind, or the adapter does not fit (the message
-            holds the first mismatch and their number). The model is then as before.
-        OSError: the file cannot be found.
-    """
-    if adapter_name in (getattr(model, "peft_config", None) or {}):
-        raise ValueError(f"adapter name {adapter_name!r} is taken; choose another or delete that adapter first")
-    state, saved, origin = read_adapter(source, weight_name, subfolder, hub)
-    factors, rest = split_factors(state, component, origin)
-    refuse_misfit(model, factors, origin)
-    refuse_surplus(rest, saved or {}, origin)
-    config = config_for(factors, saved, origin)
-    refuse_lost_layers(model, factors, saved, origin)
-    tensors = {f"{name}.lorad_{letter}": t for name, pair in factors.items() for letter, t in zip("AB", pair)} | rest
-    active = _active_adapters(model)
-    try:
-        _inject(model, config, adapter_name)
-        _fill(model, tensors, set(factors), adapter_name, origin)
-    except Exception:
-        _discard(model, adapter_name, active)
-        raise
-
-
-def _inject(model: torch.nn.Module, config: LoRaDConfig, adapter_name: str) -> None:
-    if hasattr(model, "add_adapter"):
-        # diffusers keeps state of its own, which set_adapters and disable_adapters look at. It also clears the base
-        # name in the config, which PEFT would otherwise ask the Hub about each time the adapter is saved.
-        model.add_adapter(config, adapter_name)
-    else:
-        inject_adapter_in_model(config, model, adapter_name)
-
-
-def _fill(model: torch.nn.Module, tensors: StateDict, names: set[str], adapter_name: str, origin: str) -> None:
-    layers = {_plain(name) for name, module in model.named_modules() if _carries(module, adapter_name)}
-    if layers != names:
-        odd = sorted(layers ^ names)
-        raise ValueError(f"{origin}: {len(odd)} modules could not be given exactly its layers, first {odd[0]}")
-    live = model.state_dict()
-    # The names in the file know nothing of wrappers: here is where PEFT looks for them, less the adapter's name.
-    places = {_plain(key.removesuffix(f".{adapter_name}")): key for key in live}
-    for name in tensors.keys() & places.keys():  # trained biases were not looked at yet, and overwrite the base's
-        if tensors[name].shape != live[places[name]].shape or not torch.isfinite(tensors[name]).all():
-            raise ValueError(f"{origin}: {name} is not finite or not of shape {tuple(live[places[name]].shape)}")
-    homeless = sorted(tensors.keys() - places.keys())
-    if homeless and not model.peft_config[adapter_name].modules_to_save:  # those PEFT finds by itself
-        raise ValueError(f"{origin}: {len(homeless)} keys have no place in the model, first {homeless[0]}")
-    tensors = {places.get(name, name).removesuffix(f".{adapter_name}"): value for name, value in tensors.items()}
-    result = set_peft_model_state_dict(model, tensors, adapter_name)
-    if result.unexpected_keys:
-        raise ValueError(
-            f"{origin}: {len(result.unexpected_keys)} keys have no place in the model, first {result.unexpected_keys[0]}"
-        )
-
-
-def _carries(module: torch.nn.Module, adapter_name: str) -> bool:
-    return isinstance(module, LoRaDLayer) and adapter_name in module.lorad_A
-
-
-def _active_adapters(model: torch.nn.Module) -> list[str]:
-    return next((list(m.active_adapters) for m in model.modules() if isinstance(m, BaseTunerLayer)), [])
-
-
-def _discard(model: torch.nn.Module, adapter_name: str, active: list[str]) -> None:
-    """Take out an adapter that was only half loaded, and make those active that were."""
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.delete_adapter(adapter_name)
-    (getattr(model, "peft_config", None) or {}).pop(adapter_name, None)
-    if hasattr(model, "unload_lora") and not getattr(model, "peft_config", None):
-        model.unload_lora()
-    elif active and hasattr(model, "set_adapter"):
-        model.set_adapter(active)
-
-
-def _unwrap(model: torch.nn.Module) -> None:
-    """Put what LoRaD layers without adapters are wrapped around back in their places."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRaDLayer):
-                setattr(parent, name, child.base_layer)
-
-
 class LoRaDLoaderMixin:
-    """LoRaD adapters for a diffusers pipeline, beside the LoRA methods that it has.
+    """LoRaD adapters for any diffusers pipeline with a `unet` or a `transformer`; to be named before the pipeline class.
 
-    `set_adapters`, `disable_lora`, `enable_lora`, `get_active_adapters` and `delete_adapters` of the pipeline act on
-    LoRaD adapters too; the number in `set_adapters(names, weights)` scales the angle.
+    The adapter methods of the pipeline (`set_adapters`, `get_active_adapters`, `get_list_adapters`, `disable_lora`,
+    `enable_lora`, `delete_adapters`) act on LoRaD adapters too, and are here for pipelines that have none; the number
+    in `set_adapters(names, weights)` scales the angle. All of this works while model, sequential or group offload is
+    active.
+
+        class MyPipeline(LoRaDLoaderMixin, StableDiffusionXLPipeline): ...
     """
 
-    lorad_component = "unet"
+    lorad_component: str | None = None  # default: "unet" if the pipeline has one, else "transformer"
     _lorad_removed = False  # adapters were taken out unfused, so what is left is the multi-step base
 
     def load_lorad_weights(
@@ -236,7 +49,9 @@ class LoRaDLoaderMixin:
         weight_name: str | None = None,
         adapter_name: str | None = None,
         subfolder: str | None = None,
-        **kwargs: Any,
+        low_cpu_mem_usage: bool = True,
+        hotswap: bool = False,
+        **hub: Any,
     ) -> None:
         """Load an adapter from a folder, a file, the Hub or a state dict; it becomes the active one.
 
@@ -245,16 +60,22 @@ class LoRaDLoaderMixin:
             weight_name: file name, default "pytorch_lorad_weights.safetensors".
             adapter_name: default "default_0", "default_1", ...
             subfolder: folder inside the source.
-            **kwargs: revision, token, cache_dir, local_files_only, force_download.
+            low_cpu_mem_usage: use the tensors of the file as they are. Default True.
+            hotswap: replace the values of the adapter `adapter_name` in place, if it has these layers and no lower
+                ranks. Default False.
+            **hub: revision, token, cache_dir, local_files_only, force_download, proxies.
 
         Raises:
             ValueError, OSError: see `load_lorad_adapter`; the pipeline is then as before.
         """
-        model = self._lorad_model()
+        component, model = self._lorad_component(), self._lorad_model()
         if adapter_name is None:
-            adapter_name = f"default_{len(getattr(model, 'peft_config', None) or {})}"
-        source, hub = pretrained_model_name_or_path_or_dict, hub_options(kwargs)
-        load_lorad_adapter(model, source, adapter_name, self.lorad_component, weight_name, subfolder, **hub)
+            taken, number = ops.adapter_names(model), 0
+            while f"default_{number}" in taken:
+                number += 1
+            adapter_name = f"default_{number}"
+        source, how = pretrained_model_name_or_path_or_dict, (low_cpu_mem_usage, hotswap)
+        load_lorad_adapter(model, source, adapter_name, component, weight_name, subfolder, *how, **hub)
         self._lorad_removed = False
 
     def save_lorad_weights(
@@ -263,12 +84,28 @@ class LoRaDLoaderMixin:
         adapter_name: str | None = None,
         weight_name: str = LORAD_WEIGHT_NAME,
         base_model_name_or_path: str | None = None,
+        push_to_hub: bool = False,
+        card: CardDetails | None = None,
+        **upload: Any,
     ) -> None:
         """Write one adapter as a folder (see `save_lorad_adapter`); without a name there must be exactly one.
 
-        `base_model_name_or_path` defaults to where the pipeline was loaded from; a local folder is stored as its
-        absolute path, which means nothing on another machine: pass a Hub name before sharing the adapter.
+        Args:
+            save_directory: where to write.
+            adapter_name: which adapter.
+            weight_name: file name of the weights.
+            base_model_name_or_path: default is where the pipeline was loaded from; a local folder is stored as its
+                absolute path, which means nothing on another machine: pass a Hub name before sharing the adapter.
+            push_to_hub: upload what was written, with a model card. Default False.
+            card: what the card is to say; see `CardDetails`.
+            **upload: repo_id (default: the name of the folder), commit_message, private, token, create_pr,
+                subfolder.
+
+        Raises:
+            ValueError: no such adapter, or a local base to be pushed.
+            OSError: the folder cannot be written to, or the Hub refuses.
         """
+        options = UploadOptions.of(upload)
         model, names = self._lorad_model(), lorad_adapter_names(self._lorad_model())
         if adapter_name is None:
             if len(names) != 1:
@@ -277,7 +114,84 @@ class LoRaDLoaderMixin:
         base = base_model_name_or_path or self.config.get("_name_or_path")
         if base_model_name_or_path is None and base and Path(base).is_dir():
             base = str(Path(base).resolve())
-        save_lorad_adapter(model, save_directory, adapter_name, self.lorad_component, base, weight_name)
+        if push_to_hub:
+            refuse_local_base(base)
+        path = save_lorad_adapter(model, save_directory, adapter_name, self._lorad_component(), base, weight_name)
+        if push_to_hub:
+            card = with_sample_grid(self, card)
+            config, kind = model.peft_config[adapter_name], (type(self).__name__, hasattr(self, "is_one_step"))
+            text = adapter_card(options.name(path.parent), config, base, weight_name, card, *kind)
+            publish(path.parent, [path.name, "adapter_config.json"], options, text, card)
+
+    def push_lorad_to_hub(self, repo_id: str, adapter_name: str | None = None, **options: Any) -> None:
+        """Upload one adapter with a generated model card; `options` are those of `save_lorad_weights`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_lorad_weights(folder, adapter_name, push_to_hub=True, repo_id=repo_id, **options)
+
+    def set_adapters(self, adapter_names: Sequence[str] | str, adapter_weights: Any = None) -> None:
+        """Make these adapters the active ones; a LoRaD adapter's weight is a factor on its angles (default 1).
+
+        Raises:
+            ValueError: an unknown name, or not as many weights as names.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._refuse_unknown(names)
+        if hasattr(super(), "set_adapters"):
+            super().set_adapters(names, adapter_weights)
+            return
+        weights = adapter_weights if isinstance(adapter_weights, (list, tuple)) else [adapter_weights] * len(names)
+        if len(weights) != len(names):
+            raise ValueError(f"{len(names)} adapters {names}, but {len(weights)} weights; pass one weight for each")
+        ops.set_adapters(self._lorad_model(), names, [1.0 if weight is None else weight for weight in weights])
+
+    def get_active_adapters(self) -> list[str]:
+        """The names of the adapters that are active."""
+        stock = super().get_active_adapters() if hasattr(super(), "get_active_adapters") else []
+        return stock or ops.active_adapters(self._lorad_model())
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Component -> the names of its adapters, of any kind."""
+        found = super().get_list_adapters() if hasattr(super(), "get_list_adapters") else {}
+        names = ops.adapter_names(self._lorad_model())
+        return found | ({self._lorad_component(): names} if names else {})
+
+    def disable_lora(self) -> None:
+        """Switch all adapters off, LoRaD's too: the pipeline is its base model."""
+        if hasattr(super(), "disable_lora"):
+            super().disable_lora()
+        else:
+            ops.enable_adapters(self._lorad_model(), False)
+
+    def enable_lora(self) -> None:
+        """Switch the active adapters on again."""
+        if hasattr(super(), "enable_lora"):
+            super().enable_lora()
+        else:
+            ops.enable_adapters(self._lorad_model(), True)
+
+    def delete_adapters(self, adapter_names: Sequence[str] | str) -> None:
+        """Remove adapters, of any kind.
+
+        Raises:
+            ValueError: an unknown name, or a LoRaD adapter that is fused; nothing is removed then.
+        """
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._refuse_unknown(names)
+        model = self._lorad_model()
+        fused = {name for layer in lorad_layers(model) for name in layer.merged_adapters} & set(names)
+        if fused:
+            raise ValueError(
+                f"{sorted(fused)} are fused into the weights; call unfuse_lorad() first, or unload_lorad_weights() to "
+                "keep them there"
+            )
+        if set(lorad_adapter_names(model)) <= set(names):
+            self._note_removal()
+        with offloading_paused(self._models()):
+            if hasattr(super(), "delete_adapters"):
+                super().delete_adapters(names)
+                ops.delete_adapters(model, ())
+            else:
+                ops.delete_adapters(model, names)
 
     def fuse_lorad(
         self, lorad_scale: float = 1.0, adapter_names: list[str] | None = None, safe_fusing: bool = False
@@ -292,28 +206,30 @@ class LoRaDLoaderMixin:
         Raises:
             ValueError: unknown names, or `safe_fusing` found a layer that will not do; nothing is fused then.
         """
-        unknown = set(adapter_names or ()) - set(lorad_adapter_names(self._lorad_model()))
+        model = self._lorad_model()
+        unknown = set(adapter_names or ()) - set(lorad_adapter_names(model))
         if unknown:
-            raise ValueError(
-                f"{sorted(unknown)} are no LoRaD adapters; {lorad_adapter_names(self._lorad_model())} are"
-            )
+            raise ValueError(f"{sorted(unknown)} are no LoRaD adapters; {lorad_adapter_names(model)} are")
         fused: list[tuple[LoRaDLayer, list[str]]] = []
-        try:
-            for layer in lorad_layers(self._lorad_model()):
-                before = list(layer.merged_adapters)
-                layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names, scale=lorad_scale)
-                fused.append((layer, [name for name in layer.merged_adapters if name not in before]))
-        except Exception:
-            for layer, names in fused:
-                if names:
-                    layer.unmerge(names)
-            raise
+        with offloading_paused([model]), outer_unmerged(model):
+            try:
+                for layer in lorad_layers(model):
+                    before = list(layer.merged_adapters)
+                    layer.merge(safe_merge=safe_fusing, adapter_names=adapter_names, scale=lorad_scale)
+                    fused.append((layer, [name for name in layer.merged_adapters if name not in before]))
+            except Exception:
+                for layer, names in fused:
+                    if names:
+                        layer.unmerge(names)
+                raise
 
     def unfuse_lorad(self) -> None:
         """Undo every `fuse_lorad`: the adapters act again as before, with the scales they had."""
-        for layer in lorad_layers(self._lorad_model()):
-            if layer.merged:
-                layer.unmerge()
+        model = self._lorad_model()
+        with offloading_paused([model]), outer_unmerged(model):
+            for layer in lorad_layers(model):
+                if layer.merged:
+                    layer.unmerge()
 
     def unload_lorad_weights(self) -> None:
         """Take all LoRaD adapters out. What was fused stays in the weights, what was not is gone."""
@@ -321,23 +237,44 @@ class LoRaDLoaderMixin:
         if not names:
             return
         self._note_removal()
-        if len(names) == len(model.peft_config):
-            model.unload_lora()
-            return
-        for layer in lorad_layers(model):
-            layer.keep_merged()
-        model.delete_adapters(names)
-        _unwrap(model)
+        with offloading_paused([model]):
+            if len(names) == len(model.peft_config):
+                ops.unload_adapters(model)
+                return
+            for layer in lorad_layers(model):
+                layer.keep_merged()
+            ops.delete_adapters(model, names)
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method, which takes LoRaD adapters out too; fused ones stay in the weights."""
         self._note_removal()
-        super().unload_lora_weights(*args, **kwargs)
+        with offloading_paused(self._models()):
+            super().unload_lora_weights(*args, **kwargs)
 
     def _note_removal(self) -> None:
         layers = list(lorad_layers(self._lorad_model()))
         if layers:
             self._lorad_removed = not any(layer.merged for layer in layers)
 
+    def _refuse_unknown(self, names: Iterable[str]) -> None:
+        known = {name for names in self.get_list_adapters().values() for name in names}
+        unknown = sorted(set(names) - known)
+        if unknown:
+            raise ValueError(f"Adapter name(s) {unknown} not in the list of present adapters: {sorted(known)}.")
+
+    def _lorad_component(self) -> str:
+        if self.lorad_component is not None:
+            return self.lorad_component
+        for name in ("unet", "transformer"):
+            if isinstance(getattr(self, name, None), torch.nn.Module):
+                return name
+        raise ValueError(
+            f"this {type(self).__name__} has neither a unet nor a transformer to adapt; name the component in "
+            "lorad_component"
+        )
+
     def _lorad_model(self) -> torch.nn.Module:
-        return getattr(self, self.lorad_component)
+        return getattr(self, self._lorad_component())
+
+    def _models(self) -> list[torch.nn.Module]:
+        return [model for model in self.components.values() if isinstance(model, torch.nn.Module)]

@@ -297,7 +297,8 @@ def test_one_graph_for_the_compiler():
     "base, message",
     [
         (nn.Linear(7, 4), "even, but `Linear` has 7.*exclude_modules"),
-        (nn.Conv2d(4, 4, 1), "`Conv2d` is a Conv2d.*exclude_modules"),
+        (nn.Conv2d(1, 4, 1), "`Conv2d` has a single one per output.*exclude_modules"),
+        (nn.ConvTranspose2d(4, 4, 2), "`ConvTranspose2d` is a ConvTranspose2d.*exclude_modules"),
         (nn.Embedding(4, 4), "`Embedding` is a Embedding"),
     ],
 )

@@ -6,11 +6,18 @@ import pickle
 import pytest
 import torch
 from backbones import add_adapter, fill_adapter, pixart_inputs, select, tiny_pixart, tiny_unet, unet_inputs
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    convert_to_lora,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import inject_adapter_in_model
 from torch import nn
 
-from diffusers_wadi.lorad import LoRaDConfig, LoRaDLayer, LoRaDLinear, lorad_target_modules, rotate
+from diffusers_wadi.lorad import LoRaDConfig, LoRaDLayer, LoRaDLinear, LoRaDModel, lorad_target_modules, rotate
 
 BACKBONES = {"unet": (tiny_unet, unet_inputs), "pixart": (tiny_pixart, pixart_inputs)}
 SECOND_ADAPTER = "ignore:Already found a `peft_config`:UserWarning"  # PEFT says so for every second adapter
@@ -200,6 +207,27 @@ def test_state_dict_round_trip(low_cpu_mem_usage):
     assert torch.equal(run(other, inputs), run(unet, inputs))
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_autocast_adapter_dtype(autocast, tmp_path):
+    config, x = LoRaDConfig(r=2, target_modules=["lin0"], init_weights=False), torch.randn(3, 10).bfloat16()
+    model = get_peft_model(MLP().bfloat16(), config, autocast_adapter_dtype=autocast)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(MLP().bfloat16(), tmp_path, autocast_adapter_dtype=autocast)
+    for each in (model, loaded):
+        dtypes = {p.dtype for n, p in each.named_parameters() if "lorad_" in n}
+        assert dtypes == {torch.float32 if autocast else torch.bfloat16}
+        assert each.base_model.model.lin0.get_angles().dtype == torch.float32  # computed so either way
+    assert torch.equal(loaded(x), model(x))
+
+
+def test_default_targets_of_a_transformers_model_may_be_an_expression(monkeypatch):
+    mlp = MLP()
+    mlp.config = {"model_type": "toy"}
+    monkeypatch.setattr(LoRaDModel, "target_module_mapping", {"toy": "lin[01]"})
+    model = get_peft_model(mlp, LoRaDConfig(r=2))
+    assert model.base_model.targeted_module_names == ["lin0", "lin1"]
+
+
 def test_low_memory_loading_of_a_half_file_gives_float32_factors():
     mlp = MLP()
     inject_adapter_in_model(LoRaDConfig(r=2, target_modules=["lin0"]), mlp, "x", low_cpu_mem_usage=True)
@@ -263,14 +291,14 @@ def test_all_linear_patterns_and_ranks():
         ("nope.*", "'nope.*' not found in the base model"),
         (["lin0", "odd"], "even, but `odd` has 3.*exclude_modules"),
         ("all-linear", "even, but `odd` has 3"),
-        (["lin0", "conv"], "`conv` is a Conv2d.*exclude_modules"),
+        (["lin0", "norm"], "`norm` is a LayerNorm.*exclude_modules"),
         (None, "Please specify `target_modules`"),
     ],
 )
 @pytest.mark.parametrize("inject", [get_peft_model, inject_adapter_in_model])
 def test_what_cannot_be_adapted_leaves_the_model_as_it_was(targets, message, inject):
     mlp = MLP()
-    mlp.conv = nn.Conv2d(4, 4, 1)
+    mlp.norm = nn.LayerNorm(4)
     before, flags = state(mlp), [p.requires_grad for p in mlp.parameters()]
     args = (
         (mlp, LoRaDConfig(target_modules=targets))
@@ -317,6 +345,22 @@ def test_a_lora_and_a_lorad_act_together(lora_first):
     )
     torch.testing.assert_close(to_q(x), expected)
     assert both.isfinite().all()
+
+
+def test_pefts_conversion_to_a_lora():
+    base = MLP()
+    model = get_peft_model(base, LoRaDConfig(r=4, target_modules=["lin0"], init_weights=False)).eval()
+    x = torch.randn(3, 10)
+    expected, weight = model(x), base.lin0.get_base_layer().weight
+    change = rotate(weight, base.lin0.get_angles()) - weight
+    torch.testing.assert_close(base.lin0.get_delta_weight("default"), change.detach())
+    config, state = convert_to_lora(model, rank=10, progressbar=False)
+    lora = get_peft_model(MLP(), config).eval()
+    assert not set_peft_model_state_dict(lora, state).unexpected_keys
+    torch.testing.assert_close(lora(x), expected, atol=1e-5, rtol=1e-5)
+    base.lin0.merge()
+    with pytest.raises(ValueError, match="default is merged into the base weight"):
+        base.lin0.get_delta_weight("default")
 
 
 def test_deepcopy_and_pickle_of_an_adapted_model():

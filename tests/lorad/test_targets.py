@@ -49,6 +49,20 @@ def test_counts_of_the_paper(backbones, backbone, role, layers, r, count):
     assert reference_parameter_count(model, plain_rule(backbone, role), r) == count
 
 
+def test_linear_and_convolutions_of_the_paper(backbones):
+    unet = backbones["sd15"]
+    names = lorad_target_modules(unet, convolutions=True)
+    assert len(names) == len(set(names)) == 182 + 96 and set(lorad_target_modules(unet)) < set(names)
+    assert not {"conv_in", "conv_out"} & set(names) and any(name.endswith("conv_shortcut") for name in names)
+    assert trainable_parameter_count(unet, names, 256) == 174_891_008
+    adapted = meta_model(*BACKBONES["sd15"])
+    adapted.add_adapter(LoRaDConfig(r=256, target_modules=names))
+    assert sum(p.numel() for p in adapted.parameters() if p.requires_grad) == 174_891_008
+    assert lorad_target_modules(adapted, convolutions=True) == names
+    with pytest.raises(ValueError, match="cuts the image into patches"):
+        lorad_target_modules(backbones["pixart"], convolutions=True)
+
+
 @pytest.mark.parametrize("backbone, role, layers, r, count", [COUNTS[0], COUNTS[3], COUNTS[5]])
 def test_an_injected_adapter_has_that_many_parameters(backbone, role, layers, r, count):
     model = meta_model(*BACKBONES[backbone])
@@ -80,8 +94,8 @@ def test_unknown_models_roles_and_names():
     unet = tiny_unet()
     with pytest.raises(ValueError, match="one of .'student', 'fake'., got 'teacher'"):
         lorad_target_modules(unet, "teacher")
-    with pytest.raises(ValueError, match="1 of 2 names.*the first is 'conv_in'"):
-        trainable_parameter_count(unet, ["time_embedding.linear_1", "conv_in"], 4)
+    with pytest.raises(ValueError, match="1 of 2 names.*the first is 'conv_norm_out'"):
+        trainable_parameter_count(unet, ["time_embedding.linear_1", "conv_norm_out"], 4)
 
 
 def test_a_backbone_without_such_layers():

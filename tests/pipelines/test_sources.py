@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import SD_BETAS, TARGETS, add_random_adapter
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -158,31 +158,3 @@ def test_saved_pixels_with_a_lora_beside(components, tmp_path, lora_first):
     torch.testing.assert_close(saved, live, rtol=1e-4, atol=1e-3)
     unet.set_adapters(["student"])
     assert (latents(pipe) - live).abs().max() > 0.1
-
-
-def test_what_is_pushed_is_what_was_saved(components, tmp_path, monkeypatch):
-    seen = {}
-
-    class Repository:
-        repo_id = "me/name"
-
-    def create_repo(repo_id, **options):
-        seen["created"] = repo_id, options["private"], options["token"]
-        return Repository()
-
-    def upload_folder(folder_path, **options):
-        seen["dtype"] = json.loads((folder_path / "text_encoder" / "config.json").read_text())["dtype"]
-        seen["options"] = options
-
-    monkeypatch.setattr("huggingface_hub.create_repo", create_repo)
-    monkeypatch.setattr("huggingface_hub.upload_folder", upload_folder)
-    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.create_repo", lambda *a, **k: pytest.fail("stock push"))
-    folder = tmp_path / "name"
-    folder.mkdir()
-    (folder / "private.txt").touch()
-    pipe = WaDiPipeline(**components).to(torch.float16)
-    pipe.save_pretrained(folder, push_to_hub=True, token="secret", private=True)
-    assert seen["created"] == ("name", True, "secret") and seen["dtype"] == "float32"
-    files = seen["options"]["allow_patterns"]
-    assert seen["options"]["repo_id"] == "me/name" and "model_index.json" in files and "private.txt" not in files
-    assert isinstance(pipe.scheduler, DDIMScheduler) and (folder / "model_index.json").is_file()

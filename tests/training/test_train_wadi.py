@@ -13,7 +13,7 @@ from conftest import tiny_unet
 from PIL import Image
 from wadi_script import train_wadi
 
-from diffusers_wadi import WaDiPipeline, load_lorad_adapter
+from diffusers_wadi import LoRaDConv2d, WaDiPipeline, load_lorad_adapter
 from diffusers_wadi.distillation import checkpoint, regression, steps, trainer
 from diffusers_wadi.distillation.trainer import WaDiTrainer
 
@@ -323,3 +323,21 @@ def test_shapes_captions_as_prompts(tmp_path):
     args = argparse.Namespace(shapes_captions=30, seed=0)
     prompts = trainer.load_prompts(args)
     assert 10 < len(prompts) <= 30 and prompts == trainer.load_prompts(args)
+
+
+def test_convolutions_of_the_student_are_trained_and_come_back(run, tmp_path):
+    args = run("convs", "--student_convolutions", "--warmup_regression_steps", 2, "--warmup_regression_pairs", 2,
+               "--warmup_num_inference_steps", 1, "--max_train_steps", 1)  # fmt: skip
+    trained = WaDiTrainer(args)
+    trained.train()
+    layers = dict(trained.networks.unet.named_modules())
+    convolutions = [n for n, m in layers.items() if isinstance(m, LoRaDConv2d) and "student" in m.lorad_A]
+    assert convolutions and all(layers[name].lorad_A["student"].abs().max() > 0 for name in convolutions)
+    assert not any("fake" in layers[name].lorad_A for name in convolutions)
+
+    loaded = WaDiPipeline.from_pretrained(tmp_path / "convs").unet
+    found = [name for name, module in loaded.named_modules() if isinstance(module, LoRaDConv2d)]
+    assert found == convolutions
+    for name in found:
+        angles = loaded.get_submodule(name).get_angles()
+        torch.testing.assert_close(angles, layers[name].get_angles(["student"]), rtol=0, atol=0)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from wadi_script import SCRIPT, train_wadi
 
-from diffusers_wadi.distillation import steps, trainer
+from diffusers_wadi.distillation import publishing, steps, trainer
 
 
 @pytest.fixture
@@ -87,7 +87,9 @@ def test_every_flag_is_explained_and_used(parse, capsys):
     with pytest.raises(SystemExit):
         train_wadi.parse_args(["--help"])
     shown = capsys.readouterr().out
-    sources = "".join(Path(module.__file__).read_text() for module in (steps, trainer)) + SCRIPT.read_text()
+    sources = (
+        "".join(Path(module.__file__).read_text() for module in (publishing, steps, trainer)) + SCRIPT.read_text()
+    )
     for name in vars(parse()):
         assert f"--{name}" in shown and f"args.{name}" in sources, name
 

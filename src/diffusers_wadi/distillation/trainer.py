@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ..loaders import load_lorad_adapter, save_lorad_adapter
 from ..lorad import LoRaDConfig, lorad_target_modules
 from ..schedulers import one_step_scheduler
-from . import checkpoint, data, losses, regression
+from . import checkpoint, data, losses, publishing, regression
 from .networks import FAKE, STUDENT, WaDiNetworks
 from .samples import latents_grid
 from .steps import WaDiSteps
@@ -40,9 +40,9 @@ def load_prompts(args: argparse.Namespace) -> list[str]:
     return data.clean_prompts(training_captions(args.shapes_captions, args.seed))
 
 
-def lorad_config(unet: nn.Module, role: str, rank: int) -> LoRaDConfig:
-    """LoRaD of ``rank`` on the paper's layers for ``role``."""
-    return LoRaDConfig(r=rank, target_modules=lorad_target_modules(unet, role=role))
+def lorad_config(unet: nn.Module, role: str, rank: int, convolutions: bool = False) -> LoRaDConfig:
+    """LoRaD of ``rank`` on the paper's layers for ``role``; with ``convolutions`` on its "Linear + Conv"."""
+    return LoRaDConfig(r=rank, target_modules=lorad_target_modules(unet, role=role, convolutions=convolutions))
 
 
 class WaDiTrainer:
@@ -70,6 +70,8 @@ class WaDiTrainer:
         self.device = self.accelerator.device
         if self.device.type == "mps" and args.mixed_precision == "bf16":
             raise ValueError("--mixed_precision bf16 does not work on MPS. Use fp16 or no.")
+        if self.accelerator.is_main_process:
+            publishing.prepare(args)
         set_seed(args.seed)  # the same on all processes, so that their adapters start equal
         self._load_schedule()
         self._load_prompts()
@@ -151,7 +153,7 @@ class WaDiTrainer:
         """Of a fresh student; ``None`` if ``--init_student`` has put one into ``unet``."""
         args = self.args
         if args.init_student is None:
-            return lorad_config(unet, STUDENT, args.student_rank)
+            return lorad_config(unet, STUDENT, args.student_rank, args.student_convolutions)
         load_lorad_adapter(unet, args.init_student, adapter_name=STUDENT)
         rank = unet.peft_config[STUDENT].r
         if rank != args.student_rank:
@@ -242,7 +244,7 @@ class WaDiTrainer:
         sizes = [sum(p.numel() for p in role.parameters) for role in (self.steps.student, self.steps.fake)]
         logger.info("trainable parameters: student %d, fake %d; %d steps", *sizes, self.total_steps)
         if self.args.report_to != "none":
-            plain = {name: str(value) for name, value in vars(self.args).items()}
+            plain = {name: str(value) for name, value in vars(self.args).items() if name != "hub_token"}
             self.accelerator.init_trackers("train_wadi", config=plain)
         if self.args.validation_steps and self.step == 0 and self.accelerator.is_main_process:
             self.validate()
@@ -307,7 +309,8 @@ class WaDiTrainer:
         with self.averaged_student():
             self.save_adapter(self.output_dir, STUDENT, args.base_model_name_or_path, DTYPES[args.adapter_dtype])
         self.student_scheduler.save_pretrained(self.output_dir / "scheduler")
-        logger.info("student written to %s", self.output_dir)
+        trained = (self.networks.unet.peft_config[STUDENT], self.step, len(self.embeddings), self.validation_prompts)
+        logger.info("student written to %s %s", self.output_dir, publishing.publish_student(args, *trained))
 
     def _parts(self) -> dict:
         return self.steps.parts() | {"ema": self.ema, "step": self.step}

@@ -2,23 +2,34 @@
 
 import peft  # noqa: F401  (first: importing PEFT may call back into this package to register LoRaD)
 
+from diffusers_wadi.lorad.composition import add_weighted_adapter, hotswap_lorad_adapter
 from diffusers_wadi.lorad.config import LoRaDConfig
+from diffusers_wadi.lorad.conv import LoRaDConv1d, LoRaDConv2d, LoRaDConv3d, lorad_conv
 from diffusers_wadi.lorad.layer import LoRaDLayer, LoRaDLinear
+from diffusers_wadi.lorad.mixed_batch import mixed_adapter_batch
 from diffusers_wadi.lorad.model import LoRaDModel
 from diffusers_wadi.lorad.registration import register_lorad
-from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear, rotate
+from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear, rotate, rotate_weight
 from diffusers_wadi.lorad.targets import DEFAULT_RANKS, lorad_target_modules, trainable_parameter_count
 
 __all__ = [
     "DEFAULT_RANKS",
     "LoRaDConfig",
+    "LoRaDConv1d",
+    "LoRaDConv2d",
+    "LoRaDConv3d",
     "LoRaDLayer",
     "LoRaDLinear",
     "LoRaDModel",
+    "add_weighted_adapter",
+    "hotswap_lorad_adapter",
     "lorad_angles",
+    "lorad_conv",
     "lorad_linear",
     "lorad_target_modules",
+    "mixed_adapter_batch",
     "rotate",
+    "rotate_weight",
     "trainable_parameter_count",
 ]
 

@@ -10,7 +10,7 @@ from diffusers_wadi.lorad.registration import lorad_peft_type
 __all__ = ["LoRaDConfig"]
 
 _BIAS_CHOICES = ("none", "all", "lorad_only")
-_INIT_CHOICES = (True, False, "xavier")
+_INIT_CHOICES = (True, False, "paper", "xavier")
 
 
 @dataclass
@@ -24,8 +24,8 @@ class LoRaDConfig(PeftConfig):
             By default the paper's student layers of a UNet2DConditionModel or PixArtTransformer2DModel; other
             diffusers models need it spelled out (see `lorad_target_modules`).
         exclude_modules: names or a regular expression of modules to leave alone. Default None.
-        init_lorad_weights: True (default): `A` zero and `B` Xavier-uniform, as in the authors' release, so that the
-            adapter starts as the identity. "xavier": both Xavier-uniform (the paper's ablation). False: as "xavier",
+        init_lorad_weights: True (default) or "paper": `A` zero and `B` Xavier-uniform, as in the authors' release, so
+            that the adapter starts as the identity. "xavier": both Xavier-uniform (the paper's ablation). False: as "xavier",
             PEFT's convention for a start that is not the identity.
         init_weights: PEFT's name for the same choice; False means a start that is not the identity. Default True.
         rank_pattern: module name or regular expression -> rank, where it differs from `r`. Default {}.
@@ -41,7 +41,9 @@ class LoRaDConfig(PeftConfig):
     r: int = field(default=64, metadata={"help": "rank of the angle matrix"})
     target_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "modules to adapt"})
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "modules to leave"})
-    init_lorad_weights: bool | Literal["xavier"] = field(default=True, metadata={"help": "True, False or xavier"})
+    init_lorad_weights: bool | Literal["paper", "xavier"] = field(
+        default=True, metadata={"help": "True, False, paper or xavier"}
+    )
     init_weights: bool = field(default=True, metadata={"help": "False: do not start as the identity"})
     rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "ranks by module"})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of layers"})
@@ -63,7 +65,7 @@ class LoRaDConfig(PeftConfig):
     @property
     def starts_as_identity(self) -> bool:
         """Whether a new adapter leaves the base as it is (`A` = 0)."""
-        return self.init_weights is not False and self.init_lorad_weights is True
+        return self.init_weights is not False and self.init_lorad_weights in (True, "paper")
 
     def _check_ranks(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():

@@ -1,61 +1,80 @@
 """LoRaD on one layer: a wrapper that keeps the base layer frozen and turns its weight on the way through."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from diffusers_wadi.lorad.config import LoRaDConfig
-from diffusers_wadi.lorad.rotation import check_pairs, lorad_angles, lorad_linear, rotate
+from diffusers_wadi.lorad.merging import MergingLayer
+from diffusers_wadi.lorad.offload import is_offloaded, onloaded
+from diffusers_wadi.lorad.quantization import (
+    dequantized,
+    is_quantized,
+    lorad_quantized_linear,
+    refuse_quantized_convolution,
+    refuse_unreadable,
+)
+from diffusers_wadi.lorad.rotation import check_pairs, lorad_angles, lorad_linear, rotate_weight
+from diffusers_wadi.lorad.targets import CONVOLUTIONS
 
 __all__ = ["LoRaDLayer", "LoRaDLinear", "check_base_layer"]
+
+BASE_MODEL = "__base__"  # PEFT's name, in a mixed batch, for no adapter
 
 
 def check_base_layer(base_layer: nn.Module, name: str) -> None:
     """Refuse a layer that LoRaD cannot adapt, before anything is changed.
 
     Raises:
-        ValueError: not an `nn.Linear`, a quantised weight, or an odd number of input features.
+        ValueError: neither an `nn.Linear` nor a convolution, a weight that cannot be read, an odd number of input
+            features of a Linear, or a convolution with a single tap per output.
     """
-    if not isinstance(base_layer, nn.Linear):
+    if isinstance(base_layer, nn.Linear):
+        refuse_unreadable(base_layer, name)
+        check_pairs(base_layer.in_features, name)
+    elif isinstance(base_layer, CONVOLUTIONS):
+        refuse_quantized_convolution(base_layer, name)
+        if base_layer.weight[0].numel() < 2:
+            raise ValueError(
+                f"LoRaD turns pairs of numbers, but `{name}` has a single one per output (a 1x1 kernel on one "
+                "channel). Leave this layer out of `target_modules`, or name it in `exclude_modules`."
+            )
+    else:
         raise ValueError(
-            f"LoRaD adapts `torch.nn.Linear` layers, but `{name}` is a {type(base_layer).__name__}. Leave it out of "
-            "`target_modules`, or name it in `exclude_modules`."
+            f"LoRaD adapts `torch.nn.Linear` layers and convolutions (Conv1d, Conv2d, Conv3d), but `{name}` is a "
+            f"{type(base_layer).__name__}. Leave it out of `target_modules`, or name it in `exclude_modules`."
         )
-    if not base_layer.weight.is_floating_point() or type(base_layer).__module__.startswith("bitsandbytes"):
-        raise ValueError(
-            f"LoRaD turns floating-point weights, but `{name}` is a {type(base_layer).__name__} with "
-            f"{base_layer.weight.dtype} weights. Load the base without quantisation."
-        )
-    check_pairs(base_layer.in_features, name)
 
 
-class LoRaDLayer(BaseTunerLayer):
+class LoRaDLayer(MergingLayer):
     """Holds the factors of every adapter of one layer: `lorad_A[name]` (out, r) and `lorad_B[name]` (r, in/2), float32.
 
-    All active adapters act at once, their angles add. `_active_adapter` and `_disable_adapters` may be set directly to
-    switch adapters without PEFT's change of `requires_grad` (training holds several adapters over one base).
+    For a convolution, in stands for in/groups times the size of its kernel. All active adapters act at once, their
+    angles add. `_active_adapter` and `_disable_adapters` may be set directly to switch adapters without PEFT's change
+    of `requires_grad` (training holds several adapters over one base).
     """
 
     adapter_layer_names = ("lorad_A", "lorad_B")
     other_param_names = ("r", "scaling", "merged_scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.scaling: dict[str, float] = {}
-        self.merged_scaling: dict[str, float] = {}
         self.lorad_A = nn.ParameterDict()
         self.lorad_B = nn.ParameterDict()
         self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         inner = self.get_base_layer()
         check_base_layer(inner, type(inner).__name__)
-        self.in_features, self.out_features = inner.in_features, inner.out_features
+        if isinstance(inner, nn.Linear):
+            self.in_features, self.out_features = inner.in_features, inner.out_features
+            self.pairs = inner.in_features // 2
+        else:
+            self.in_features, self.out_features = inner.in_channels, inner.out_channels
+            self.pairs = inner.weight[0].numel() // 2
 
     def update_layer(self, adapter_name: str, r: int, config: LoRaDConfig) -> None:
         """Add (or start afresh) one adapter of rank `r`.
@@ -69,12 +88,23 @@ class LoRaDLayer(BaseTunerLayer):
         self.scaling[adapter_name] = 1.0
         # float32 whatever the base: angles that training moves by 1e-4 do not survive 16 bits. Drawn on the CPU, so
         # that a seed means the same start on every device.
-        options = {"dtype": torch.float32, "device": "meta" if self.weight.is_meta else None}
+        options = {"dtype": torch.float32, "device": "meta" if self._is_meta() else None}
         self.lorad_A[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, **options))
-        self.lorad_B[adapter_name] = nn.Parameter(torch.zeros(r, self.in_features // 2, **options))
+        self.lorad_B[adapter_name] = nn.Parameter(torch.zeros(r, self.pairs, **options))
         self.reset_lorad_parameters(adapter_name, config.starts_as_identity)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_factors(self, adapter_name: str, A: Tensor, B: Tensor) -> None:
+        """Add an adapter with these factors, (out, r) and (r, in/2), frozen and not active."""
+        self.r[adapter_name] = A.shape[1]
+        self.scaling[adapter_name] = 1.0
+        for factors, values in ((self.lorad_A, A), (self.lorad_B, B)):
+            factors[adapter_name] = nn.Parameter(values.detach().clone(), requires_grad=False)
+
+    def _is_meta(self) -> bool:
+        """Whether the base has no numbers at all; those of an offloaded one are elsewhere."""
+        return self.weight.is_meta and not is_offloaded(self.get_base_layer())
 
     @torch.no_grad()
     def reset_lorad_parameters(self, adapter_name: str, identity: bool = True) -> None:
@@ -92,6 +122,12 @@ class LoRaDLayer(BaseTunerLayer):
             if adapter_name in factors and not factors[adapter_name].is_meta and device.type != "meta":
                 param = factors[adapter_name]
                 param.data = param.data.to(device, torch.promote_types(param.dtype, torch.float32))
+
+    def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
+        """Store the factors of one adapter in `dtype`; angles are computed in float32 all the same."""
+        for factors in (self.lorad_A, self.lorad_B):
+            if adapter_name in factors:
+                factors[adapter_name].data = factors[adapter_name].data.to(dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove one adapter.
@@ -126,80 +162,24 @@ class LoRaDLayer(BaseTunerLayer):
         names = self._acting() if adapter_names is None else adapter_names
         return lorad_angles(*self._factors(names, self.scaling))
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None, scale: float = 1.0) -> None:
-        """Turn the base weight itself by the angles of these adapters (default: the active ones), in float32.
+    @torch.no_grad()
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """What one adapter with its scale changes in the weight, in the weight's shape and float32 or wider.
 
-        All of them in one rotation, so that a half-precision weight is rounded once.
-
-        Args:
-            safe_merge: check that the new weight is finite before it replaces the old one. Default False.
-            adapter_names: adapters to merge; those merged already are skipped with a warning.
-            scale: further factor on the angles, for this merge alone. Default 1.0.
+        PEFT's `convert_to_lora` asks for it. Unlike the angles, such changes of several adapters do not add up.
 
         Raises:
-            ValueError: `safe_merge` found numbers that are not finite; the base weight is unchanged.
+            ValueError: something is merged, so that the weight is not the base's.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lorad_A]
-        if not names:
-            return
-        scaling = {name: self.scaling[name] * scale for name in names}
-        self._turn_base(self._factors(names, scaling), 1.0, names if safe_merge else None)
-        self.merged_adapters.extend(names)
-        self.merged_scaling.update(scaling)
+        if self.merged:
+            raise ValueError(f"{', '.join(self.merged_adapters)} is merged into the base weight; unmerge it first.")
+        weight = dequantized(self.get_base_layer())
+        theta = self.get_angles([adapter_name])
+        return rotate_weight(weight, theta, theta.dtype) - weight.to(theta.dtype)
 
-    def unmerge(self, adapter_names: list[str] | None = None) -> None:
-        """Turn the base weight back by the opposite angle, with the scales that `merge` used.
-
-        Nothing is stored for this. A float32 weight comes back to about 6e-8 of its norm; a bfloat16 one is rounded
-        twice on the way (1e-3), so keep half-precision bases unfused where they must stay as they were.
-
-        Args:
-            adapter_names: which of the merged adapters; default None takes all.
-        """
-        names = [name for name in self.merged_adapters if adapter_names is None or name in adapter_names]
-        if not names:
-            warnings.warn("No LoRaD adapter is merged, there is nothing to unmerge.", stacklevel=2)
-            return
-        self._turn_base(self._factors(names, self.merged_scaling), -1.0)
-        self.merged_adapters = [name for name in self.merged_adapters if name not in names]
-        for name in names:
-            del self.merged_scaling[name]
-
-    def keep_merged(self) -> None:
-        """Make what is merged a part of the base weight for good, so that its adapters may be deleted."""
-        self.merged_adapters = []
-        self.merged_scaling.clear()
-
-    @torch.no_grad()
-    def _turn_base(self, factors: tuple[Tensor, Tensor], sign: float, checked: list[str] | None = None) -> None:
-        weight = self.get_base_layer().weight
-        with self._inner_unmerged():
-            turned = rotate(weight, lorad_angles(*factors, scale=sign).to(weight.device))
-            if checked is not None and not torch.isfinite(turned).all():
-                raise ValueError(
-                    f"Merging {', '.join(checked)} would give weights that are not finite (NaN or infinite); the base "
-                    "is unchanged. The adapter seems to be broken: load another checkpoint of it."
-                )
-            weight.data.copy_(turned)
-
-    def _inner_adapters(self) -> Iterator[BaseTunerLayer]:
-        """The layers of other adapters between this one and the base, from the outside in."""
-        module = self.base_layer
-        while isinstance(module, BaseTunerLayer):
-            yield module
-            module = module.base_layer
-
-    @contextmanager
-    def _inner_unmerged(self) -> Iterator[None]:
-        """Inside the block the base weight is without inner adapters (a LoRA, say): LoRaD turns only the base."""
-        merged = [(layer, list(layer.merged_adapters)) for layer in self._inner_adapters() if layer.merged]
-        for layer, _ in merged:
-            layer.unmerge()
-        try:
-            yield
-        finally:
-            for layer, names in reversed(merged):
-                layer.merge(adapter_names=names)
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` applies: to Linear layers."""
+        return isinstance(self.get_base_layer(), nn.Linear)
 
     def _factors(self, names: list[str], scaling: dict[str, float]) -> tuple[Tensor, Tensor]:
         """One pair (A, B) for all named adapters: angles add, so factors are concatenated along the rank."""
@@ -209,6 +189,67 @@ class LoRaDLayer(BaseTunerLayer):
 
     def _acting(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lorad_A]
+
+    def _adapted(self, x: Tensor, adapter_names: list[str] | None) -> Tensor:
+        """The forward pass of every kind of layer."""
+        if adapter_names is not None:
+            self._check_mixed_batch(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x)
+        if adapter_names is not None:
+            return self._mixed_batch(x, adapter_names)
+        names = [] if self.merged else self._acting()
+        return self._with_adapters(x, names) if names else self.base_layer(x)
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> None:
+        # The wording is PEFT's, whose users may look for it.
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def _mixed_batch(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Every sample with the adapter that is named for it, or with the base alone."""
+        y = self.base_layer(x)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.lorad_A:
+                rows = [i for i, other in enumerate(adapter_names) if other == name]
+                y[rows] = self._with_adapters(x[rows], [name])
+        return y
+
+    def _with_adapters(self, x: Tensor, names: list[str]) -> Tensor:
+        modules = (self.get_base_layer(), self.lorad_A, self.lorad_B)
+        if is_offloaded(*modules):
+            with onloaded(*modules):
+                return self._turned_output(x, names)
+        return self._turned_output(x, names)
+
+    def _turned_output(self, x: Tensor, names: list[str]) -> Tensor:
+        A, B = self._factors(names, self.scaling)
+        if self.get_base_layer() is self.base_layer:
+            return self._turned(x, A, B)
+        # Over another adapter (a LoRA, say) the base output is that adapter's, and LoRaD adds the change it makes to
+        # the base alone, which takes an unmerged base weight.
+        for adapter in self._inner_adapters():
+            if adapter.merged:
+                adapter.unmerge()
+        change = self._turned(x, A, B, bias=False) - self._plain(x)  # exactly 0 at angle 0
+        return self.base_layer(x) + change
+
+    def _turned(self, x: Tensor, A: Tensor, B: Tensor, bias: bool = True) -> Tensor:
+        """The layer's output with the weight turned by the angles A @ B, with or without the bias."""
+        raise NotImplementedError
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """The layer's output without adapters and without bias."""
+        raise NotImplementedError
 
 
 class LoRaDLinear(nn.Module, LoRaDLayer):
@@ -220,24 +261,28 @@ class LoRaDLinear(nn.Module, LoRaDLayer):
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., in) -> (..., out)."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        names = [] if self.disable_adapters or self.merged else self._acting()
-        if not names:
-            return self.base_layer(x)
-        A, B = self._factors(names, self.scaling)
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        """x: (..., in) -> (..., out).
+
+        Args:
+            adapter_names: for every sample of the batch the adapter that acts on it, or "__base__" for none. Default
+                None: the active adapters act on all.
+        """
+        return self._adapted(x, adapter_names)
+
+    def _turned(self, x: Tensor, A: Tensor, B: Tensor, bias: bool = True) -> Tensor:
         inner = self.get_base_layer()
-        if inner is self.base_layer:
-            return lorad_linear(x, inner.weight, inner.bias, A, B)
-        # Over another adapter (a LoRA, say) the base output is that adapter's, and LoRaD adds the change it makes to
-        # the base alone, which takes an unmerged base weight.
-        for adapter in self._inner_adapters():
-            if adapter.merged:
-                adapter.unmerge()
-        change = lorad_linear(x, inner.weight, None, A, B) - F.linear(x, inner.weight)  # exactly 0 at angle 0
-        return self.base_layer(x) + change
+        vector = inner.bias if bias else None
+        if is_quantized(inner):
+            return lorad_quantized_linear(x, inner, vector, A, B)
+        # 8-bit floats are for storage: such a weight is turned in float32 and meets x in x's dtype.
+        dtype = x.dtype if inner.weight.dtype.itemsize == 1 else None
+        return lorad_linear(x, inner.weight, vector, A, B, dtype)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        inner = self.get_base_layer()
+        weight: Any = dequantized(inner).to(x.dtype) if is_quantized(inner) else inner.weight
+        return F.linear(x, weight)
 
     def __repr__(self) -> str:
         return "lorad." + super().__repr__()

@@ -1,6 +1,8 @@
 """LoRaD on a model: finds the layers, wraps them, and leaves the model as it was when something does not fit."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -8,8 +10,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
+from diffusers_wadi.lorad.composition import add_weighted_adapter
 from diffusers_wadi.lorad.config import LoRaDConfig
+from diffusers_wadi.lorad.conv import LoRaDConv1d, LoRaDConv2d, LoRaDConv3d
 from diffusers_wadi.lorad.layer import LoRaDLayer, LoRaDLinear, check_base_layer
+from diffusers_wadi.lorad.mixed_batch import mixed_adapter_batch
 from diffusers_wadi.lorad.targets import adaptable_linears, lorad_target_modules
 
 try:
@@ -18,6 +23,9 @@ except ImportError:  # PEFT before 0.20 raises a plain ValueError
     NoMatchingPeftModuleError = ValueError
 
 __all__ = ["LoRaDModel"]
+
+# The LoRaD layer for each kind of base layer.
+_LAYERS = {nn.Linear: LoRaDLinear, nn.Conv1d: LoRaDConv1d, nn.Conv2d: LoRaDConv2d, nn.Conv3d: LoRaDConv3d}
 
 # PEFT's word for an adapter that is meant to match nothing at first.
 _DUMMY_TARGETS = "dummy-target-modules"
@@ -54,7 +62,8 @@ class LoRaDModel(BaseTuner):
         """Without target_modules: PEFT's usual layers of a transformers model, the paper's of a diffusion backbone."""
         if peft_config.target_modules is None:
             usual = self.target_module_mapping.get(model_config.get("model_type"))
-            peft_config.target_modules = set(self._paper_targets() if usual is None else usual)
+            usual = self._paper_targets() if usual is None else usual
+            peft_config.target_modules = usual if isinstance(usual, str) else set(usual)
         return peft_config
 
     def _paper_targets(self) -> list[str]:
@@ -105,10 +114,38 @@ class LoRaDModel(BaseTuner):
         if existing is not None:
             existing.update_layer(adapter_name, r, peft_config)
             return
-        new_module = LoRaDLinear(target, adapter_name, r, peft_config)
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        layer_cls = next(layer for kind, layer in _LAYERS.items() if isinstance(base, kind))
+        new_module = layer_cls(target, adapter_name, r, peft_config)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's `autocast_adapter_dtype`: True keeps the factors in float32, False takes the dtype of the base."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if autocast_adapter_dtype:
+            return
+        for layer in self.model.modules():
+            if isinstance(layer, LoRaDLayer) and layer.weight.is_floating_point():
+                layer.cast_adapter(adapter_name, layer.weight.dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT calls this around every forward pass: `adapter_names` names an adapter for every sample."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        beams = kwargs.get("num_beams") or 1  # beam search repeats every sample
+        with mixed_adapter_batch(self, [name for name in adapter_names for _ in range(beams)]):
+            yield
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "cat", **svd: Any
+    ) -> None:
+        """See `diffusers_wadi.lorad.add_weighted_adapter`."""
+        add_weighted_adapter(self.model, adapters, weights, adapter_name, combination_type, **svd)
 
 
 def _lorad_layer_within(module: nn.Module | None) -> LoRaDLayer | None:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_pairs", "lorad_angles", "lorad_linear", "rotate"]
+__all__ = ["check_pairs", "lorad_angles", "lorad_linear", "rotate", "rotate_weight"]
 
 
 def check_pairs(in_features: int, name: str = "weight") -> None:
@@ -79,7 +79,29 @@ def rotate(weight: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> T
     return turned.to(weight.dtype if dtype is None else dtype)
 
 
-def lorad_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor) -> Tensor:
+def rotate_weight(weight: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """`rotate` for weights of any shape: the pairs run along all axes but the first, flattened in their order.
+
+    A convolution's weight (out, in/groups, kh, kw) is read as (out, in/groups*kh*kw). Where that is odd, the last
+    column has no partner and stays as it is.
+
+    Args:
+        weight: (out, ...). theta: (out, n // 2) for n numbers per row. dtype: as in `rotate`.
+
+    Raises:
+        ValueError: angles that do not fit the weight.
+    """
+    rows = weight.flatten(1)
+    paired = rows.shape[1] // 2 * 2
+    turned = rotate(rows[:, :paired], theta, dtype)
+    if paired < rows.shape[1]:
+        turned = torch.cat([turned, rows[:, paired:].to(turned.dtype)], dim=1)
+    return turned.reshape(weight.shape)
+
+
+def lorad_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """`F.linear(x, rotate(weight, A @ B), bias)`, keeping at most `x`, `weight`, `A` and `B` for the backward pass.
 
     The rotated weight and the angles, two matrices of the size of the weight in every layer, are recomputed in the
@@ -88,13 +110,14 @@ def lorad_linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: T
 
     Args:
         x: (..., in). weight: (out, in). bias: (out,) or None. A: (out, r). B: (r, in/2).
+        dtype: in which the rotated weight meets `x`, without autocast. Default: that of `weight`.
 
     Returns:
         (..., out), in the dtype that `F.linear(x, weight, bias)` would have had.
     """
     low = _autocast_dtype(x.device.type)
     if low is None or x.dtype == torch.float64:
-        return _apply(x, weight, bias, A, B, weight.dtype)
+        return _apply(x, weight, bias, A, B, dtype or weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
         return _apply(x.to(low), weight, None if bias is None else bias.to(low), A, B, low)
 
@@ -128,9 +151,7 @@ class _LoRaDLinear(torch.autograd.Function):
             if needs_weight:
                 d_weight = rotate(d_rotated.to(theta.dtype), -theta, weight.dtype)
             if needs_A or needs_B:
-                d_theta = _angle_gradient(rotated, d_rotated.to(rotated.dtype)).to(theta.dtype)
-                d_A = (d_theta @ B.T.to(theta.dtype)).to(A.dtype) if needs_A else None
-                d_B = (A.T.to(theta.dtype) @ d_theta).to(B.dtype) if needs_B else None
+                d_A, d_B = factor_gradients(rotated, d_rotated, A, B, needs_A, needs_B)
             if needs_bias:
                 d_bias = _flat(grad).sum(0)
         return d_x, d_weight, d_bias, d_A, d_B, None
@@ -142,6 +163,18 @@ def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
     return _LoRaDLinear.apply(x, weight, bias, A, B, dtype)
 
 
+def factor_gradients(
+    rotated: Tensor, d_rotated: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B from the rotated weight (out, in) and its gradient."""
+    d_theta = _angle_gradient(rotated, d_rotated.to(rotated.dtype))
+    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+    d_theta = d_theta.to(dtype)
+    d_A = (d_theta @ B.T.to(dtype)).to(A.dtype) if needs_A else None
+    d_B = (A.T.to(dtype) @ d_theta).to(B.dtype) if needs_B else None
+    return d_A, d_B
+
+
 def _angle_gradient(rotated: Tensor, d_rotated: Tensor) -> Tensor:
     """The derivative of a turned pair by its angle is that pair turned by a further 90 degrees; (out, in/2)."""
     even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
@@ -150,6 +183,8 @@ def _angle_gradient(rotated: Tensor, d_rotated: Tensor) -> Tensor:
 
 
 def _work_dtype(weight: Tensor, theta: Tensor) -> torch.dtype:
+    if weight.dtype.itemsize == 1:  # floats of 8 bits take part in no promotion
+        return torch.promote_types(theta.dtype, torch.float32)
     return torch.promote_types(torch.promote_types(weight.dtype, theta.dtype), torch.float32)
 
 

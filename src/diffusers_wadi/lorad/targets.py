@@ -9,6 +9,7 @@ from torch import nn
 __all__ = [
     "DEFAULT_RANKS",
     "Role",
+    "adaptable_layers",
     "adaptable_linears",
     "backbone_of",
     "lorad_target_modules",
@@ -16,6 +17,8 @@ __all__ = [
 ]
 
 Role = Literal["student", "fake"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _UNET = "UNet2DConditionModel"
 _PIXART = "PixArtTransformer2DModel"
@@ -42,7 +45,7 @@ def backbone_of(model: nn.Module) -> str:
     )
 
 
-def lorad_target_modules(model: nn.Module, role: Role = "student") -> list[str]:
+def lorad_target_modules(model: nn.Module, role: Role = "student", convolutions: bool = False) -> list[str]:
     """Full names of the layers that the paper adapts, in the model's order.
 
     UNet: every Linear in down, mid and up blocks; the fake-score network leaves out proj_in, proj_out and
@@ -52,15 +55,23 @@ def lorad_target_modules(model: nn.Module, role: Role = "student") -> list[str]:
     Args:
         model: a UNet2DConditionModel or PixArtTransformer2DModel.
         role: "student" (default) or "fake".
+        convolutions: a UNet's convolutions too, by the same rule: the paper's "Linear + Conv" (174.89 M for SD 1.5 at
+            rank 256). Default False.
 
     Raises:
-        ValueError: another model, another role, or a model without any such layer.
+        ValueError: another model, another role, a model without any such layer, or convolutions of a transformer.
     """
     backbone = backbone_of(model)
     if role not in DEFAULT_RANKS[backbone]:
         raise ValueError(f"`role` has to be one of {tuple(DEFAULT_RANKS[backbone])}, got {role!r}.")
     chosen = _UNET_RULES[role] if backbone == _UNET else _PIXART_RULES[role]
-    names = [name for name, _ in adaptable_linears(model) if chosen(name)]
+    if convolutions and backbone != _UNET:
+        raise ValueError(
+            f"`convolutions` is for a {_UNET}; the only convolution of a {backbone} cuts the image into patches, and "
+            "the paper leaves it alone. To adapt it all the same, name it in `target_modules`."
+        )
+    layers = adaptable_layers(model) if convolutions else adaptable_linears(model)
+    names = [name for name, _ in layers if chosen(name)]
     if not names:
         raise ValueError(
             f"This {backbone} has no Linear layer of the kind the paper adapts for the {role} (attention, feed-forward "
@@ -72,30 +83,44 @@ def lorad_target_modules(model: nn.Module, role: Role = "student") -> list[str]:
 def trainable_parameter_count(model: nn.Module, names: Iterable[str], r: int) -> int:
     """Parameters of an adapter of rank `r` on the named layers: the sum of `r * (out + in / 2)`.
 
+    For a convolution, in stands for in/groups times the size of its kernel.
+
     Raises:
-        ValueError: a name that is no Linear layer of the model.
+        ValueError: a name that is no Linear layer or convolution of the model.
     """
-    linears = dict(adaptable_linears(model))
+    layers = dict(adaptable_layers(model))
     names = list(names)
-    unknown = [name for name in names if name not in linears]
+    unknown = [name for name in names if name not in layers]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(names)} names are no Linear layers of this {type(model).__name__}, the first is "
-            f"{unknown[0]!r}. Full names are expected, as `lorad_target_modules` returns them."
+            f"{len(unknown)} of {len(names)} names are no Linear layers or convolutions of this "
+            f"{type(model).__name__}, the first is {unknown[0]!r}. Full names are expected, as `lorad_target_modules` "
+            "returns them."
         )
-    return sum(r * (linears[name].out_features + linears[name].in_features // 2) for name in names)
+    return sum(r * sum(_rows_and_pairs(layers[name])) for name in names)
+
+
+def _rows_and_pairs(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features // 2
+    return layer.out_channels, layer.weight[0].numel() // 2
 
 
 def adaptable_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """(name, layer) of every Linear of the model proper; an adapted layer counts once, under its own name."""
-    inside = ()
+    return ((name, layer) for name, layer in adaptable_layers(model) if isinstance(layer, nn.Linear))
+
+
+def adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every Linear and every convolution of the model proper, as `adaptable_linears`."""
+    inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
         if isinstance(module, BaseTunerLayer):
             inside += (name + ".",)
             module = module.get_base_layer()
-        if isinstance(module, nn.Linear):
+        if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
             yield name, module
 
 

@@ -1,4 +1,6 @@
-"""Where a one-step pipeline comes from: a complete checkpoint, or an adapter and the base model that it names."""
+"""Where a one-step pipeline comes from: a complete checkpoint, an adapter and the base model that it names, or a file of
+the paper's authors.
+"""
 
 from __future__ import annotations
 
@@ -10,34 +12,57 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import SchedulerMixin
+import torch
+from diffusers import SchedulerMixin, UNet2DConditionModel
+from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
 from diffusers_wadi._adapter_files import ADAPTER_CONFIG_NAME, read_adapter_config
-from diffusers_wadi._files import NotCachedError, find_file, hub_options, probe_file
+from diffusers_wadi._files import NotCachedError, find_file, folder_inside, hub_options, probe_file
+from diffusers_wadi.authors_files import (
+    AUTHORS_FILES,
+    AUTHORS_REPOSITORY,
+    AUTHORS_TERMINAL_ALPHA_CUMPROD,
+    AuthorsFile,
+    authors_contents,
+    convert_authors_state_dict_to_lorad,
+    fitting_weights,
+    read_authors_file,
+    split_authors_state_dict,
+)
 from diffusers_wadi.pipelines._weights import refuse_incomplete
+from diffusers_wadi.schedulers import one_step_scheduler
 
 
 @dataclass(frozen=True)
 class Source:
-    """What was asked for; without `adapter_config` a complete pipeline."""
+    """What was asked for: with `authors_file` that, with `adapter_config` an adapter, else a complete pipeline."""
 
     location: str
     subfolder: str | None
     adapter_config: dict[str, Any] | None = None
     base: str | None = None
+    authors_file: Path | None = None
 
 
 def resolve_source(
-    location: str | os.PathLike, base_model: str | os.PathLike | None, subfolder: str | None, options: dict[str, Any]
+    location: str | os.PathLike,
+    base_model: str | os.PathLike | None,
+    weight_name: str | None,
+    subfolder: str | None,
+    options: dict[str, Any],
 ) -> Source:
     """Tell a complete checkpoint from an adapter by the files it has; `base_model` says that it is an adapter.
 
+    A file, given as such or by `weight_name`, is first looked into for what the authors' files hold.
+
     Raises:
         OSError: neither kind, or not to be found.
-        ValueError: an adapter without a base model.
+        ValueError: an adapter without a base model, or a file for another kind of pipeline.
     """
     location, hub = str(location), hub_options(options)
+    if authors := _authors_source(location, base_model, weight_name, subfolder, hub):
+        return authors
     if base_model is None and Path(location).is_file():
         raise ValueError(f"{location} is a file; pass base_model= to load it as a LoRaD adapter, or give its folder")
     unknown = None
@@ -54,17 +79,72 @@ def resolve_source(
             f"{location!r} holds neither model_index.json (a complete pipeline) nor {ADAPTER_CONFIG_NAME} (a LoRaD "
             f"adapter). Name the folder that does, with subfolder= if it lies deeper, or pass base_model=."
         )
-    base = base_model or _base_of(config or {}, Path(location, subfolder or ""))
+    base = base_model or _base_of(config or {}, location, subfolder, hub)
     return Source(location, subfolder, config or {}, str(base))
 
 
-def _base_of(config: dict[str, Any], folder: Path) -> str:
-    """The base that a config names: inside a local adapter folder first, else as it stands, a path or Hub name."""
+def _base_of(config: dict[str, Any], location: str, subfolder: str | None, hub: dict[str, Any]) -> str:
+    """The base that a config names: inside the adapter's folder or repository first, else a path or Hub name."""
     name = config.get("base_model_name_or_path")
     if not name:
-        raise ValueError(f"the {ADAPTER_CONFIG_NAME} in {folder} names no base model; pass base_model=")
-    inside = folder / name
-    return str(inside) if inside.is_dir() else str(name)
+        raise ValueError(f"the {ADAPTER_CONFIG_NAME} in {location} names no base model; pass base_model=")
+    return str(folder_inside(location, name, "model_index.json", subfolder, **hub) or name)
+
+
+def _authors_source(
+    location: str, base_model: str | os.PathLike | None, weight_name: str | None, subfolder: str | None, hub: dict
+) -> Source | None:
+    known = AUTHORS_FILES.get(Path(location).name if Path(location).is_file() else weight_name or "")
+    if known is not None:
+        _refuse_transformer(known, location)
+    path: Path | None = None
+    if Path(location).is_file():
+        path = Path(location)
+    elif known is not None:
+        path = find_file(location, weight_name, subfolder, **hub)
+        if path is None:
+            raise FileNotFoundError(f"no {weight_name} in {location!r}; {AUTHORS_REPOSITORY!r} on the Hub has it")
+    elif weight_name is not None:
+        path = probe_file(location, weight_name, subfolder, **hub)
+    elif location == AUTHORS_REPOSITORY:
+        raise ValueError(f"{location!r} holds several models; pass weight_name=, one of {', '.join(AUTHORS_FILES)}")
+    contents = None if path is None else authors_contents(path)
+    if contents is None:
+        return None
+    _refuse_transformer(contents, str(path))
+    base = base_model or contents.base_model or (_pipeline_around(path) if contents.kind == "training" else None)
+    if base is None:
+        raise ValueError(
+            f"{path} holds {'a whole UNet' if contents.kind == 'model' else 'training weights'} in the authors' layout "
+            "and names no base model; pass base_model=, the pipeline that it was trained on"
+        )
+    return Source(location, subfolder, base=str(base), authors_file=path)
+
+
+def _refuse_transformer(contents: AuthorsFile, origin: str) -> None:
+    if contents.component != "unet":
+        raise ValueError(
+            f"{origin!r}: this is a PixArt transformer, and WaDiPipeline is for Stable Diffusion. Load it with "
+            "diffusers_wadi.load_authors_weights(transformer, ...), or angles with load_lorad_adapter, into a "
+            "PixArtTransformer2DModel."
+        )
+
+
+def _pipeline_around(path: Path) -> Path | None:
+    """The pipeline in whose component folder the file lies, as in what their training leaves."""
+    folder = path.absolute().parent.parent
+    return folder if (folder / "model_index.json").is_file() else None
+
+
+def load_pipeline(
+    load: Callable, source: Source, weight_name: str | None, adapter_name: str | None, options: dict[str, Any]
+) -> Any:
+    """The pipeline that `source` stands for; `load` is the stock `from_pretrained`."""
+    if source.authors_file is not None:
+        return load_authors_pipeline(load, source, adapter_name, options)
+    if source.adapter_config is not None:
+        return load_adapter_pipeline(load, source, weight_name, adapter_name, options)
+    return load_complete_pipeline(load, source, options)
 
 
 def load_complete_pipeline(load: Callable, source: Source, options: dict[str, Any]) -> Any:
@@ -88,6 +168,50 @@ def load_adapter_pipeline(
     if options.get("scheduler") is None and (scheduler := _own_scheduler(source, hub_options(options))):
         pipe.scheduler = scheduler
     return pipe
+
+
+def load_authors_pipeline(load: Callable, source: Source, adapter_name: str | None, options: dict[str, Any]) -> Any:
+    """The base pipeline with the file's UNet in the place of its own, or with the file's angles as an adapter.
+
+    A whole UNet is checked before the rest of the pipeline is loaded. Unless there is a scheduler beside the file or in
+    the options, that of the base gets the authors' terminal alpha, but not for a UNet of another name than theirs.
+    """
+    of_base = {key: value for key, value in options.items() if key != "revision"}
+    thetas, weights = split_authors_state_dict(read_authors_file(source.authors_file))
+    adapter = convert_authors_state_dict_to_lorad(thetas) if thetas else None
+    if weights:  # beside angles: the base that these turn, as it was trained with
+        if options.get("unet") is not None:
+            raise ValueError(
+                f"{source.authors_file} holds a whole UNet, and unet= was given too; leave one of them out"
+            )
+        of_base["unet"] = _unet_of(weights, source, of_base)
+    pipe = load_complete_pipeline(load, Source(source.base, None), of_base)
+    if adapter is not None:
+        pipe.load_lorad_weights(adapter, adapter_name=adapter_name)
+    if options.get("scheduler") is None:
+        theirs = adapter is not None or source.authors_file.name.startswith("rotated_")
+        if own := _own_scheduler(source, hub_options(options)):
+            pipe.scheduler = own
+        elif theirs:
+            pipe.scheduler = one_step_scheduler(pipe.scheduler, AUTHORS_TERMINAL_ALPHA_CUMPROD)
+    return pipe
+
+
+def _unet_of(weights: dict[str, torch.Tensor], source: Source, options: dict[str, Any]) -> UNet2DConditionModel:
+    """A UNet of the base's config with these weights; the base's own are not even downloaded."""
+    from accelerate import init_empty_weights
+
+    hub = hub_options(options)
+    config = _explain(source.base, lambda: UNet2DConditionModel.load_config(source.base, subfolder="unet", **hub))
+    with init_empty_weights():
+        unet = UNet2DConditionModel.from_config(config)
+    weights = fitting_weights(unet, weights, str(source.authors_file))
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
+    dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
+    # Copies, since the tensors of a safetensors file are the file itself, mapped into memory.
+    unet.load_state_dict({key: weights.pop(key).to(dtype, copy=True) for key in list(weights)}, assign=True)
+    return unet.eval()
 
 
 def _own_scheduler(source: Source, hub: dict[str, Any]) -> SchedulerMixin | None:
@@ -119,7 +243,7 @@ def _local_folder(location: str, subfolder: str, options: dict[str, Any]) -> Pat
 def _explain(location: str, load: Callable[[], Any]) -> Any:
     try:
         return load()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, httpx.HTTPError) as error:
         summary = " ".join(str(error).split())
         raise OSError(
             f"cannot load the pipeline {location!r}: {summary} A file is missing or damaged; copy, download or save it "

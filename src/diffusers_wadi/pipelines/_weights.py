@@ -44,13 +44,15 @@ def _refuse(name: str, model: torch.nn.Module, options: dict[str, Any]) -> None:
     problems = [f"it lacks {len(missing)} tensors, first {missing[0]}"] if missing else []
     problems += [f"{len(surplus)} of its tensors have no place there, first {surplus[0]}"] if surplus else []
     raise OSError(
-        f"the file in {folder} does not hold this {type(model).__name__}: {'; '.join(problems)}. {_remedy(surplus)}"
+        f"the file in {folder} does not hold this {type(model).__name__}: {'; '.join(problems)}. "
+        f"{_remedy(surplus, folder / f'{STEMS[name]}.safetensors')}"
     )
 
 
-def _remedy(surplus: list[str]) -> str:
-    if any("theta_" in key for key in surplus):
-        return "These are training weights of the authors' release, which this version does not read."
+def _remedy(surplus: list[str], file: Path) -> str:
+    if any(key.endswith((".theta_a", ".theta_b")) for key in surplus):
+        call = f"WaDiPipeline.from_pretrained({str(file)!r})"
+        return f"These are training weights of the authors' release; {call} reads them as an adapter."
     return "Copy, download or save the pipeline again; weights and config.json must be of one model."
 
 

@@ -12,7 +12,6 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +22,9 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from diffusers_wadi._files import folder_written_beside
 from diffusers_wadi.loaders import LoRaDLoaderMixin, lorad_layers
-from diffusers_wadi.pipelines._loading import load_adapter_pipeline, load_complete_pipeline, resolve_source
-from diffusers_wadi.pipelines._saving import UPLOAD_OPTIONS, default_to_float32, upload, without_adapters
+from diffusers_wadi.pipelines._loading import load_pipeline, resolve_source
+from diffusers_wadi.pipelines._saving import OneStepCheckpointMixin
 from diffusers_wadi.schedulers import check_one_step_scheduler, one_step_scheduler
 
 logger = logging.get_logger(__name__)
@@ -34,7 +32,7 @@ logger = logging.get_logger(__name__)
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
+class WaDiPipeline(LoRaDLoaderMixin, OneStepCheckpointMixin, StableDiffusionPipeline):
     r"""
     Text-to-image generation in one step by a LoRaD adapter on Stable Diffusion.
 
@@ -59,17 +57,20 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
         **kwargs: Any,
     ) -> WaDiPipeline:
         r"""
-        Load a complete one-step checkpoint, or a LoRaD adapter together with the base model it names.
+        Load a complete one-step checkpoint, a LoRaD adapter together with the base model it names, or a file of the
+        paper's authors.
 
         Args:
             pretrained_model_name_or_path (`str` or `os.PathLike`):
                 Local folder or Hub repository: a complete pipeline (`model_index.json`) or an adapter
-                (`adapter_config.json` with `peft_type` "LORAD" and the weights).
+                (`adapter_config.json` with `peft_type` "LORAD" and the weights). With `weight_name`, or as the path of
+                a file, also the authors' UNets (`"gudaochangsheng/WaDi"`) and training files (`theta_a`, `theta_b`).
             base_model (`str` or `os.PathLike`, *optional*):
-                Pipeline to put the adapter on. By default the `base_model_name_or_path` of the adapter's config: a
-                folder inside the local adapter folder, else a path, else a Hub name.
+                Pipeline to put the adapter or the authors' UNet on. By default the `base_model_name_or_path` of the
+                adapter's config: a folder inside its folder or repository, else a path, else a Hub name; for the
+                authors' published files Stable Diffusion 1.5 or 2.1-base.
             weight_name (`str`, *optional*, defaults to `"pytorch_lorad_weights.safetensors"`):
-                File name of the adapter's weights.
+                File name of the weights, such as `"rotated_unet-sdv1-5.safetensors"` for one of the authors' UNets.
             adapter_name (`str`, *optional*, defaults to `"default_0"`):
                 Name to give the adapter.
             subfolder (`str`, *optional*):
@@ -81,24 +82,22 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
 
         A scheduler that would not feed t = T-1 at one step (as in most Stable Diffusion checkpoints) is replaced by
         `one_step_scheduler(scheduler.config)`, which is logged. A `scheduler/` folder beside the adapter, as training
-        writes it, takes the place of the base pipeline's.
+        writes it, takes the place of the base pipeline's. With the authors' files the scheduler has their
+        `alphas_cumprod[T-1]` of 0.0047. Their `.pth` files are read as tensors only; code in them is not run.
 
         Returns:
             `WaDiPipeline`.
 
         Raises:
             OSError: the folder, repository or a file in it is missing or damaged.
-            ValueError: the adapter does not fit the base model, or the base model does not predict epsilon.
+            ValueError: the adapter or UNet does not fit the base model, or the base model does not predict epsilon.
         """
         plain = super().from_pretrained
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             # Else diffusers' models come as float32 but transformers' in the dtype of their config, and do not fit.
             kwargs["dtype"] = torch.float32
-        source = resolve_source(pretrained_model_name_or_path, base_model, subfolder, kwargs)
-        if source.adapter_config is None:
-            pipe = load_complete_pipeline(plain, source, kwargs)
-        else:
-            pipe = load_adapter_pipeline(plain, source, weight_name, adapter_name, kwargs)
+        source = resolve_source(pretrained_model_name_or_path, base_model, weight_name, subfolder, kwargs)
+        pipe = load_pipeline(plain, source, weight_name, adapter_name, kwargs)
         pipe._repair_scheduler()
         return pipe
 
@@ -223,38 +222,6 @@ class WaDiPipeline(LoRaDLoaderMixin, StableDiffusionPipeline):
                 callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
                 **kwargs,
             )
-
-    def save_pretrained(
-        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
-    ) -> None:
-        r"""
-        Save a complete checkpoint of stock classes, which `StableDiffusionPipeline.from_pretrained` and the like load
-        without this package. Active adapters are fused in the saved copy of the UNet; this pipeline is not changed.
-        Nothing half-written replaces an older file.
-
-        The folder gives the pixels of this pipeline with fused adapters: bit for bit in float32. In float16 and
-        bfloat16 stock diffusers takes the one scheduler step in half precision, which this class does not.
-
-        Args:
-            save_directory (`str` or `os.PathLike`): Folder to write, created if need be.
-            safe_serialization (`bool`, *optional*, defaults to `True`): Write safetensors.
-            **kwargs: As in [`DiffusionPipeline.save_pretrained`] (`variant`, `max_shard_size`, `push_to_hub`, ...);
-                what is pushed are the files that were saved, without a model card.
-
-        Raises:
-            OSError: the folder is not writable; found out before any work.
-        """
-        target, push = Path(save_directory), kwargs.pop("push_to_hub", False)
-        upload_options = {key: kwargs.pop(key) for key in UPLOAD_OPTIONS if key in kwargs}
-        with folder_written_beside(target) as staged:
-            parts = self.components | {"unet": without_adapters(self.unet)}
-            safety = {"requires_safety_checker": self.config.requires_safety_checker}
-            stock = StableDiffusionPipeline(**parts, **safety)
-            stock.save_pretrained(str(staged), safe_serialization=safe_serialization, **kwargs)
-            default_to_float32(staged / "text_encoder" / "config.json")
-            files = [file.relative_to(staged).as_posix() for file in staged.rglob("*") if file.is_file()]
-        if push:  # not by diffusers, which would upload before the line above
-            upload(target, files, upload_options)
 
     def _repair_scheduler(self) -> None:
         try:

@@ -1,45 +1,20 @@
-"""The command `wadi`. It translates flags and reports; the work is done by the package."""
+"""`wadi generate`: images from prompts, in one step."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers_wadi
 from diffusers_wadi._files import writable_folder, written_beside
+from diffusers_wadi.cli._flags import DTYPES, positive, quiet_libraries, torch_device
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-DTYPES = ("float32", "float16", "bfloat16")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code, 2 for anything that the user can put right."""
-    args = _parser().parse_args(argv)
-    try:
-        args.run(args)
-    except KeyboardInterrupt:
-        print("wadi: stopped", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, ImportError, RuntimeError) as error:  # the last is torch's, as when memory runs out
-        advice = " Use a smaller size, fewer --num-images or --dtype float16." if "memory" in str(error) else ""
-        print(f"wadi: error: {' '.join(str(error).split())}{advice}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="wadi", description="One-step text-to-image generation with LoRaD.")
-    parser.add_argument("--version", action="version", version=f"diffusers-wadi {diffusers_wadi.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
-    _add_generate(commands)
-    return parser
-
-
-def _add_generate(commands: Any) -> None:
+def add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate",
         help="draw images from prompts, in one step",
@@ -54,21 +29,15 @@ def _add_generate(commands: Any) -> None:
         help="image file, default %(default)s; several images get -0, -1, ...; or folder/",
     )
     add("--seed", type=int, default=0, help="seed of the first image, default %(default)s; the others count up")
-    add("--num-images", type=_positive, default=1, help="images per prompt, default %(default)s")
+    add("--num-images", type=positive, default=1, help="images per prompt, default %(default)s")
     add("--model", help="complete checkpoint or LoRaD adapter, folder or Hub name; without it the bundled checkpoint")
     add("--base-model", help="base of an adapter, folder or Hub name; without it the one that the adapter names")
     add("--device", help="such as cpu, cuda or cuda:1; without it the GPU if there is one")
     add("--dtype", choices=DTYPES, help="number format; without it float16 on a GPU, float32 on the CPU")
-    add("--height", type=_positive, help="height in pixels, a multiple of 8; without it the model's")
-    add("--width", type=_positive, help="width in pixels, a multiple of 8; without it the model's")
-    generate.set_defaults(run=_generate)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {value}")
-    return value
+    add("--height", type=positive, help="height in pixels, a multiple of 8; without it the model's")
+    add("--width", type=positive, help="width in pixels, a multiple of 8; without it the model's")
+    advice = "Use a smaller size, fewer --num-images or --dtype float16."
+    generate.set_defaults(run=_generate, memory_advice=advice)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -116,15 +85,12 @@ def _check_size(height: int | None, width: int | None) -> None:
 def _load(args: argparse.Namespace) -> tuple[Any, str]:
     start = time.perf_counter()
     import torch
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
 
     from diffusers_wadi.pipelines import WaDiPipeline
     from diffusers_wadi.shapes import bundled_checkpoint
 
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    device = _device(args.device)
+    quiet_libraries()
+    device = torch_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
     model = args.model or str(bundled_checkpoint())
     pipe = WaDiPipeline.from_pretrained(model, base_model=args.base_model, dtype=dtype).to(device)
@@ -133,26 +99,6 @@ def _load(args: argparse.Namespace) -> tuple[Any, str]:
     took = time.perf_counter() - start
     print(f"loaded {name} ({str(dtype).removeprefix('torch.')} on {device}) in {took:.1f} s")
     return pipe, name
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    available = torch.accelerator.current_accelerator(check_available=True)
-    if name is None:
-        return available or torch.device("cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is no device that torch knows; use cpu, cuda, cuda:1, ...") from error
-    if device.type != "cpu" and (available is None or device.type != available.type):
-        raise ValueError(
-            f"--device {name} is not available here; available: cpu{f', {available}' if available else ''}"
-        )
-    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
-    if (device.index or 0) >= count:
-        raise ValueError(f"--device {name}: there are {count} of kind {device.type} here, counted from 0")
-    return device
 
 
 def _draw(pipe: Any, prompt: str, seed: int, paths: list[Path], args: argparse.Namespace, model: str) -> None:
@@ -179,7 +125,3 @@ def _save(image: Any, path: Path, notes: dict[str, str]) -> None:
         info.add_itxt(key, value)
     with written_beside(path) as temporary:
         image.save(temporary, **({"pnginfo": info} if path.suffix.lower() == ".png" else {}))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
