@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Memory and time of `extract_lorad` on a pair of files of Stable Diffusion 1.5's UNet, 1.7 GB each, on the CPU.
 
-    python benchmarks/extraction_memory.py --work_dir /tmp/pair
+    python benchmarks/extraction_memory.py --work_dir pair
 
 The weights are random, of the real shapes, in float16: a base, and the same with every Linear turned by angles of low
 rank and every tensor perturbed, so that all of them are read, fitted or reported. What is measured is a fresh process

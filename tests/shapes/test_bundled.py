@@ -40,10 +40,17 @@ def test_the_student_is_lorad_alone():
         assert all(name.endswith((".lorad_A", ".lorad_B")) for name in file.keys())
 
 
+@pytest.mark.xfail(strict=True, reason="the student is not that good yet: 68 % of captions wholly right (README)")
 def test_one_step_draws_what_held_out_captions_say(pipeline):
-    """The bounds are below what was measured (README) by what 64 captions may scatter."""
+    """What the student has to reach. Strict: the day that it does, this mark has to go."""
     attributes, captions = share_right(pipeline, heldout_captions(64, seed=21))
-    assert attributes >= 0.86 and captions >= 0.5
+    assert attributes >= 0.94 and captions >= 0.75
+
+
+def test_one_step_draws_no_worse_than_was_measured(pipeline):
+    """93.3 % and 68.0 % on 512 captions (README), less what 64 captions may scatter."""
+    attributes, captions = share_right(pipeline, heldout_captions(64, seed=21))
+    assert attributes >= 0.88 and captions >= 0.58
 
 
 def test_the_adapter_off_is_the_multi_step_teacher(pipeline):
