@@ -14,11 +14,13 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from peft import inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
+from transformers.pytorch_utils import Conv1D
 
-from diffusers_wadi import WaDiPipeline, bundled_checkpoint, export_lora, export_single_file
+from diffusers_wadi import LoRaDConfig, WaDiPipeline, bundled_checkpoint, export_lora, export_single_file
 from diffusers_wadi.conversion.single_file import original_state_dict
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
@@ -393,3 +395,10 @@ def test_bad_requests_for_a_lora(_components, adapted, tmp_path):
         lora.save(tmp_path / "out", layout="comfy")
     assert not (tmp_path / "out").exists()
     assert isinstance(adapted, DiffusionPipeline)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Embedding(6, 4), Conv1D(4, 6), torch.nn.MultiheadAttention(4, 2)])
+def test_layers_that_lora_files_do_not_know_are_refused(layer):
+    model = inject_adapter_in_model(LoRaDConfig(target_modules=["layer"]), torch.nn.ModuleDict({"layer": layer}))
+    with pytest.raises(ValueError, match=f"layer is a {type(layer).__name__}; LoRA files"):
+        export_lora(model, rank=2)

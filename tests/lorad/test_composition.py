@@ -127,6 +127,26 @@ def test_sums_that_are_refused(change, message):
     assert list(model.state_dict()) == keys and list(model.peft_config) == ["a", "b"]
 
 
+def test_a_sum_takes_a_trained_module_as_it_is(tmp_path):
+    model = get_peft_model(MLP(), LoRaDConfig(r=3, target_modules=["lin0"], modules_to_save=["lin1"]), "a").eval()
+    model.add_adapter("b", LoRaDConfig(r=2, target_modules=["lin0"], init_weights=False))
+    model.add_adapter("c", LoRaDConfig(r=2, target_modules=["lin0"], modules_to_save=["lin1"]))
+    fill_adapter(model, "a")
+    model.base_model.model.lin1.modules_to_save["a"].weight.data.add_(1.0)
+    model.base_model.set_adapter(["a", "b"])
+    x = torch.randn(5, 10)
+    both = model(x)
+    model.add_weighted_adapter(["b", "a"], [1.0, 1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x), both)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(MLP(), tmp_path / "sum").eval()
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(ValueError, match="same module with modules_to_save, but found 1"):
+        model.add_weighted_adapter(["a", "c"], [1.0, 1.0], "other")
+    assert "other" not in model.peft_config and "other" not in model.base_model.model.lin1.modules_to_save
+
+
 def test_a_swap_is_in_place_and_changes_everything_else():
     model, x = two_adapters(), unet_inputs()
     select(model, ["a"])

@@ -8,10 +8,29 @@ import torch
 from backbones import add_adapter, fill_adapter, pixart_inputs, select, tiny_pixart, tiny_unet, unet_inputs
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from diffusers_wadi.lorad import LoRaDConfig, LoRaDLayer, lorad_target_modules
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already f:UserWarning")
+
+
+class Words(nn.Module):
+    """Embedding, Conv1D of transformers and torch's attention, of even and odd sizes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.conv1d = nn.Embedding(11, 5, padding_idx=0), Conv1D(8, 5)
+        self.mha, self.lin = nn.MultiheadAttention(8, 2), nn.Linear(8, 4)
+
+    def forward(self, x):
+        y = self.conv1d(self.emb(x)).relu()
+        return self.lin(self.mha(y, y, y)[0])
+
+
+def words_inputs(dtype):
+    return {"x": torch.randint(11, (6, 10), generator=torch.Generator().manual_seed(1))}
 
 
 class Toy(nn.Module):
@@ -50,6 +69,11 @@ CONFIGURATIONS = {
     "conv": (Toy, toy_inputs, ["narrow", "wide", "groups"], {"r": 3}, torch.float32),
     "conv, half": (Toy, toy_inputs, ["narrow", "wide", "groups"], {"r": 3}, torch.bfloat16),
     "all, double": (Toy, toy_inputs, ["lin0", "lin1", "narrow", "groups"], {"r": 3}, torch.float64),
+    "embedding": (Words, words_inputs, ["emb"], {"r": 3}, torch.float32),
+    "conv1d": (Words, words_inputs, ["conv1d", "lin"], {"r": 3}, torch.float32),
+    "attention": (Words, words_inputs, ["mha"], {"r": 3}, torch.float32),
+    "words, half": (Words, words_inputs, ["emb", "conv1d", "mha"], {"r": 2}, torch.bfloat16),
+    "words, double": (Words, words_inputs, ["emb", "conv1d", "mha"], {"r": 2}, torch.float64),
     "unet": (tiny_unet, lambda dtype: unet_inputs(dtype=dtype), lorad_target_modules, {"r": 4}, torch.float32),
     "unet, conv": (tiny_unet, lambda dtype: unet_inputs(dtype=dtype), with_convolutions, {"r": 2}, torch.float32),
     "unet, half": (tiny_unet, lambda dtype: unet_inputs(dtype=dtype), with_convolutions, {"r": 4}, torch.bfloat16),
@@ -84,7 +108,7 @@ def layers(model):
 
 
 def weights(model):
-    return [layer.get_base_layer().weight.detach().clone() for layer in layers(model)]
+    return [layer.weight.detach().clone() for layer in layers(model)]
 
 
 def difference(one, two):

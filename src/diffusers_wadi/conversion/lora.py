@@ -20,6 +20,7 @@ from diffusers_wadi.loaders import lorad_adapter_names
 from diffusers_wadi.lorad.extraction import check_rank_and_energy, truncated_svd
 from diffusers_wadi.lorad.layer import LoRaDLayer
 from diffusers_wadi.lorad.rotation import rotate_weight
+from diffusers_wadi.lorad.targets import CONVOLUTIONS
 
 __all__ = ["LORA_WEIGHT_NAME", "LoRAExport", "export_lora"]
 
@@ -110,7 +111,7 @@ def export_lora(
         component: the model's name in its pipeline, the prefix of the keys.
 
     Raises:
-        ValueError: no rank, no such adapters, or adapters that are fused.
+        ValueError: no rank, no such adapters, adapters that are fused, or on layers other than Linear and convolutions.
     """
     check_rank_and_energy(rank, energy)
     names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
@@ -142,6 +143,11 @@ def _acting(path: str, layer: LoRaDLayer, names: list[str] | None) -> list[str]:
         raise ValueError(f"{path} has adapters fused into its weight; take them out first with pipe.unfuse_lorad()")
     if getattr(layer.get_base_layer(), "groups", 1) != 1:
         raise ValueError(f"{path} is a grouped convolution, which LoRA files cannot describe; leave it out")
+    if not isinstance(layer.get_base_layer(), (torch.nn.Linear, *CONVOLUTIONS)):
+        kind = type(layer.get_base_layer()).__name__
+        raise ValueError(
+            f"{path} is a {kind}; LoRA files of diffusers know Linear layers and convolutions. Leave it out"
+        )
     if names is None:
         names = [] if layer.disable_adapters else layer.active_adapters
     return [name for name in names if name in layer.lorad_A]

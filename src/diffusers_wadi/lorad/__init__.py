@@ -5,11 +5,13 @@ import peft  # noqa: F401  (first: importing PEFT may call back into this packag
 from diffusers_wadi.lorad.composition import add_weighted_adapter, hotswap_lorad_adapter
 from diffusers_wadi.lorad.config import LoRaDConfig
 from diffusers_wadi.lorad.conv import LoRaDConv1d, LoRaDConv2d, LoRaDConv3d, lorad_conv
+from diffusers_wadi.lorad.embedding import LoRaDEmbedding, LoRaDTransposedLinear
 from diffusers_wadi.lorad.layer import LoRaDLayer, LoRaDLinear
 from diffusers_wadi.lorad.mixed_batch import mixed_adapter_batch
 from diffusers_wadi.lorad.model import LoRaDModel
+from diffusers_wadi.lorad.multihead_attention import LoRaDMultiheadAttention
 from diffusers_wadi.lorad.registration import register_lorad
-from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear, rotate, rotate_weight
+from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear, rotate, rotate_weight, turned_rows
 from diffusers_wadi.lorad.targets import DEFAULT_RANKS, lorad_target_modules, trainable_parameter_count
 
 __all__ = [
@@ -18,9 +20,12 @@ __all__ = [
     "LoRaDConv1d",
     "LoRaDConv2d",
     "LoRaDConv3d",
+    "LoRaDEmbedding",
     "LoRaDLayer",
     "LoRaDLinear",
     "LoRaDModel",
+    "LoRaDMultiheadAttention",
+    "LoRaDTransposedLinear",
     "add_weighted_adapter",
     "hotswap_lorad_adapter",
     "lorad_angles",
@@ -31,6 +36,7 @@ __all__ = [
     "rotate",
     "rotate_weight",
     "trainable_parameter_count",
+    "turned_rows",
 ]
 
 register_lorad()

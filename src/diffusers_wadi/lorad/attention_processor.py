@@ -24,7 +24,8 @@ from diffusers.models.attention_processor import Attention
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from diffusers_wadi.lorad.layer import LoRaDLayer, check_base_layer
+from diffusers_wadi.lorad.base_layers import check_base_layer
+from diffusers_wadi.lorad.layer import LoRaDLayer
 from diffusers_wadi.lorad.offload import is_offloaded, onloaded
 from diffusers_wadi.lorad.quantization import dequantized, is_quantized, lorad_quantized_linear
 from diffusers_wadi.lorad.rotation import check_pairs, lorad_linear

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from diffusers_wadi.lorad.config import LoRaDConfig
@@ -32,7 +33,8 @@ def add_weighted_adapter(
 
     It equals `set_adapters(adapters, weights)`: rotations in the same planes add their angles, so that the factors
     concatenated along the rank are the sum, with nothing lost. The adapters it came from may be deleted afterwards.
-    The new one is not made active.
+    The new one is not made active. A module that one of them has trained in full (`modules_to_save`) is copied as it
+    is, whatever the weight.
 
     Args:
         model: a model with LoRaD adapters, as `add_adapter`, `inject_adapter_in_model` or `get_peft_model` left it.
@@ -44,8 +46,8 @@ def add_weighted_adapter(
 
     Raises:
         ValueError: unknown or repeated adapters, a name that is taken, other than one weight per adapter, weights
-            that are not finite, trained biases or modules among what would be summed, or an unknown combination. The
-            model is then as before.
+            that are not finite, trained biases or tokens among what would be summed, one module that several of them
+            have trained in full, or an unknown combination. The model is then as before.
     """
     model = _unwrapped(model)
     _check_sources(model, adapters, weights, adapter_name, combination_type, svd_rank)
@@ -56,6 +58,8 @@ def add_weighted_adapter(
         limit = svd_rank or max(layer.r[name] for layer in layers.values() for name in adapters if name in layer.r)
     summed = {name: _weighted_sum(layer, dict(zip(adapters, weights)), limit) for name, layer in layers.items()}
     plain = {_plain(name): A.shape[1] for name, (A, _) in summed.items()}
+    # The output projection inside an nn.MultiheadAttention comes with that, and is no target of its own.
+    plain = {name: rank for name, rank in plain.items() if name.removesuffix(".out_proj") not in plain.keys() - {name}}
     usual = Counter(plain.values()).most_common(1)[0][0]
     model.peft_config[adapter_name] = replace(
         model.peft_config[adapters[0]],
@@ -65,9 +69,19 @@ def add_weighted_adapter(
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        modules_to_save=sorted({n for a in adapters for n in model.peft_config[a].modules_to_save or ()}) or None,
     )
     for name, layer in layers.items():
         layer.set_factors(adapter_name, *summed[name])
+    for wrapper in _trained_modules(model):
+        for source in set(adapters) & wrapper.modules_to_save.keys():
+            wrapper.update(adapter_name)
+            wrapper.modules_to_save[adapter_name].load_state_dict(wrapper.modules_to_save[source].state_dict())
+            wrapper.modules_to_save[adapter_name].requires_grad_(False)
+
+
+def _trained_modules(model: nn.Module) -> list[ModulesToSaveWrapper]:
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -109,11 +123,18 @@ def _check_sources(
     if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
         raise ValueError(f"`svd_rank` has to be at least 1 and goes with the combination 'svd', got {svd_rank}.")
     for name in adapters:
-        if configs[name].modules_to_save or configs[name].bias != "none":
+        if configs[name].trainable_token_indices or configs[name].bias != "none":
             raise ValueError(
-                f"Adapter {name!r} trains biases or whole modules besides its angles (`bias`, `modules_to_save`), and "
+                f"Adapter {name!r} trains biases or tokens besides its angles (`bias`, `trainable_token_indices`), and "
                 "those have no sum that equals both. Combine adapters without them."
             )
+    # The wording is PEFT's, whose users may look for it.
+    shared = sum(len(set(adapters) & wrapper.modules_to_save.keys()) > 1 for wrapper in _trained_modules(model))
+    if shared:
+        raise ValueError(
+            "Cannot add weighted adapters if they target the same module with modules_to_save, but found "
+            f"{shared} such instance(s). Combine adapters of which one at most has trained a module in full."
+        )
 
 
 def _weighted_sum(layer: LoRaDLayer, weights: Mapping[str, float], limit: int | None) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,8 @@ class LoRaDConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt, with a list in `target_modules`. Default None: all.
         layers_pattern: name of the list those indices count in; needs `layers_to_transform`. Default None.
         modules_to_save: further modules to train in full and to save with the adapter. Default None.
+        trainable_token_indices: rows of an embedding to train in full beside the adapter: a list (of the input
+            embedding) or a dictionary from module name to list. Default None.
         bias: "none" (default), "all" or "lorad_only": which biases of the base are trained as well.
 
     Raises:
@@ -49,6 +51,9 @@ class LoRaDConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indices of layers"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "the list of layers"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "tokens trained in full"}
+    )
     bias: Literal["none", "all", "lorad_only"] = field(default="none", metadata={"help": "biases to train"})
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from diffusers_wadi.lorad.rotation import (
     lorad_angles,
     rotate_weight,
 )
+from diffusers_wadi.lorad.targets import CONVOLUTIONS
 
 __all__ = ["LoRaDConv1d", "LoRaDConv2d", "LoRaDConv3d", "lorad_conv"]
 
@@ -95,9 +96,7 @@ class _LoRaDConv(torch.autograd.Function):
             if needs_weight:
                 d_weight = rotate_weight(d_rotated.to(theta.dtype), -theta, weight.dtype)
             if needs_A or needs_B:
-                paired = 2 * B.shape[1]
-                pairs = (t.flatten(1)[:, :paired] for t in (rotated, d_rotated))
-                d_A, d_B = factor_gradients(*pairs, A, B, needs_A, needs_B)
+                d_A, d_B = factor_gradients(rotated.flatten(1), d_rotated.flatten(1), A, B, needs_A, needs_B)
         return d_x, d_weight, d_bias, d_A, d_B, None, None
 
 
@@ -111,6 +110,8 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, settings: Settings, needs
 
 class _LoRaDConvNd(nn.Module, LoRaDLayer):
     """A convolution with LoRaD adapters: stride, padding of every kind, dilation and groups as the base has them."""
+
+    adapts = CONVOLUTIONS
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: Any) -> None:
         super().__init__()

@@ -6,58 +6,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_wadi.lorad.base_layers import check_base_layer, features_of
 from diffusers_wadi.lorad.config import LoRaDConfig
 from diffusers_wadi.lorad.merging import MergingLayer
 from diffusers_wadi.lorad.offload import is_offloaded, onloaded
-from diffusers_wadi.lorad.quantization import (
-    dequantized,
-    is_quantized,
-    lorad_quantized_linear,
-    refuse_quantized_convolution,
-    refuse_unreadable,
-)
-from diffusers_wadi.lorad.rotation import check_pairs, lorad_angles, lorad_linear, rotate_weight
-from diffusers_wadi.lorad.targets import CONVOLUTIONS
+from diffusers_wadi.lorad.quantization import dequantized, is_quantized, lorad_quantized_linear
+from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear
+from diffusers_wadi.lorad.targets import weight_vectors
 
-__all__ = ["LoRaDLayer", "LoRaDLinear", "check_base_layer"]
+__all__ = ["LoRaDLayer", "LoRaDLinear"]
 
 BASE_MODEL = "__base__"  # PEFT's name, in a mixed batch, for no adapter
-
-
-def check_base_layer(base_layer: nn.Module, name: str) -> None:
-    """Refuse a layer that LoRaD cannot adapt, before anything is changed.
-
-    Raises:
-        ValueError: neither an `nn.Linear` nor a convolution, a weight that cannot be read, an odd number of input
-            features of a Linear, or a convolution with a single tap per output.
-    """
-    if isinstance(base_layer, nn.Linear):
-        refuse_unreadable(base_layer, name)
-        check_pairs(base_layer.in_features, name)
-    elif isinstance(base_layer, CONVOLUTIONS):
-        refuse_quantized_convolution(base_layer, name)
-        if base_layer.weight[0].numel() < 2:
-            raise ValueError(
-                f"LoRaD turns pairs of numbers, but `{name}` has a single one per output (a 1x1 kernel on one "
-                "channel). Leave this layer out of `target_modules`, or name it in `exclude_modules`."
-            )
-    else:
-        raise ValueError(
-            f"LoRaD adapts `torch.nn.Linear` layers and convolutions (Conv1d, Conv2d, Conv3d), but `{name}` is a "
-            f"{type(base_layer).__name__}. Leave it out of `target_modules`, or name it in `exclude_modules`."
-        )
 
 
 class LoRaDLayer(MergingLayer):
     """Holds the factors of every adapter of one layer: `lorad_A[name]` (out, r) and `lorad_B[name]` (r, in/2), float32.
 
-    For a convolution, in stands for in/groups times the size of its kernel. All active adapters act at once, their
+    For what out and in are in other layers than a Linear, see `weight_vectors`. All active adapters act at once, their
     angles add. `_active_adapter` and `_disable_adapters` may be set directly to switch adapters without PEFT's change
     of `requires_grad` (training holds several adapters over one base).
     """
 
     adapter_layer_names = ("lorad_A", "lorad_B")
     other_param_names = ("r", "scaling", "merged_scaling")
+    adapts: tuple[type[nn.Module], ...] = ()  # the kinds of base layer
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -68,13 +40,14 @@ class LoRaDLayer(MergingLayer):
         self.lorad_B = nn.ParameterDict()
         self._disable_adapters = False
         inner = self.get_base_layer()
-        check_base_layer(inner, type(inner).__name__)
-        if isinstance(inner, nn.Linear):
-            self.in_features, self.out_features = inner.in_features, inner.out_features
-            self.pairs = inner.in_features // 2
-        else:
-            self.in_features, self.out_features = inner.in_channels, inner.out_channels
-            self.pairs = inner.weight[0].numel() // 2
+        kind = type(inner).__name__
+        check_base_layer(inner, kind)
+        if not isinstance(inner, self.adapts):
+            wanted = " or ".join(cls.__name__ for cls in self.adapts)
+            raise ValueError(f"A {type(self).__name__} adapts a {wanted}, but `{kind}` is a {kind}.")
+        self.in_features, self.out_features = features_of(inner)
+        self.rows, size = weight_vectors(inner)
+        self.pairs = size // 2
 
     def update_layer(self, adapter_name: str, r: int, config: LoRaDConfig) -> None:
         """Add (or start afresh) one adapter of rank `r`.
@@ -89,7 +62,7 @@ class LoRaDLayer(MergingLayer):
         # float32 whatever the base: angles that training moves by 1e-4 do not survive 16 bits. Drawn on the CPU, so
         # that a seed means the same start on every device.
         options = {"dtype": torch.float32, "device": "meta" if self._is_meta() else None}
-        self.lorad_A[adapter_name] = nn.Parameter(torch.zeros(self.out_features, r, **options))
+        self.lorad_A[adapter_name] = nn.Parameter(torch.zeros(self.rows, r, **options))
         self.lorad_B[adapter_name] = nn.Parameter(torch.zeros(r, self.pairs, **options))
         self.reset_lorad_parameters(adapter_name, config.starts_as_identity)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -104,7 +77,7 @@ class LoRaDLayer(MergingLayer):
 
     def _is_meta(self) -> bool:
         """Whether the base has no numbers at all; those of an offloaded one are elsewhere."""
-        return self.weight.is_meta and not is_offloaded(self.get_base_layer())
+        return self._base_weight().is_meta and not is_offloaded(self.get_base_layer())
 
     @torch.no_grad()
     def reset_lorad_parameters(self, adapter_name: str, identity: bool = True) -> None:
@@ -117,7 +90,7 @@ class LoRaDLayer(MergingLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Follow the base to its device, but not to its dtype: factors stay float32 (or wider) over a half base."""
-        device = torch.device(self.weight.device if device is None else device)
+        device = torch.device(self._base_weight().device if device is None else device)
         for factors in (self.lorad_A, self.lorad_B):
             if adapter_name in factors and not factors[adapter_name].is_meta and device.type != "meta":
                 param = factors[adapter_name]
@@ -173,9 +146,11 @@ class LoRaDLayer(MergingLayer):
         """
         if self.merged:
             raise ValueError(f"{', '.join(self.merged_adapters)} is merged into the base weight; unmerge it first.")
-        weight = dequantized(self.get_base_layer())
+        weight = self._base_weight()
+        if isinstance(inner := self.get_base_layer(), nn.Linear):
+            weight = dequantized(inner)
         theta = self.get_angles([adapter_name])
-        return rotate_weight(weight, theta, theta.dtype) - weight.to(theta.dtype)
+        return self._rotate(weight, theta, theta.dtype) - weight.to(theta.dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` applies: to Linear layers."""
@@ -254,6 +229,8 @@ class LoRaDLayer(MergingLayer):
 
 class LoRaDLinear(nn.Module, LoRaDLayer):
     """`nn.Linear` with LoRaD adapters: `y = x @ rotate(W, sum of angles)^T + bias`."""
+
+    adapts = (nn.Linear,)
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: LoRaDConfig) -> None:
         super().__init__()

@@ -53,7 +53,7 @@ class MergingLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lorad_A]
         if not names:
             return
-        self._refuse_quantized()
+        self._refuse_unmergeable()
         scaling = {name: self.scaling[name] * scale for name in names}
         self._turn_base({**self.merged_scaling, **scaling}, names if safe_merge else None)
         self.merged_adapters.extend(names)
@@ -82,9 +82,17 @@ class MergingLayer(BaseTunerLayer):
         self.merged_scaling = {}
         self._original = self._merged_sample = None
 
-    def _refuse_quantized(self) -> None:
+    def _base_weight(self) -> nn.Parameter:
+        """The weight that the adapters of this layer turn."""
+        return self.get_base_layer().weight
+
+    def _rotate(self, weight: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """`rotate_weight` for a weight as this layer stores it."""
+        return rotate_weight(weight, theta, dtype)
+
+    def _refuse_unmergeable(self) -> None:
         inner = self.get_base_layer()
-        if is_quantized(inner):
+        if hasattr(inner, "weight") and is_quantized(inner):
             raise ValueError(
                 f"The base layer holds quantised weights ({type(inner.weight).__name__}), and the rotated ones would "
                 "have to be quantised anew, which changes the images. Use the adapter unfused, or load the base "
@@ -96,7 +104,7 @@ class MergingLayer(BaseTunerLayer):
         """Bring the base weight from what is merged now to adapters merged with `scaling`."""
         inner = self.get_base_layer()
         with onloaded(inner, self.lorad_A, self.lorad_B, changed=inner), self._inner_unmerged():
-            weight = inner.weight
+            weight = self._base_weight()
             original = self._original
             if original is None and not self.merged_scaling and self._should_keep(weight):
                 original = weight.detach().to("cpu", copy=True)
@@ -142,7 +150,7 @@ class MergingLayer(BaseTunerLayer):
         theta = lorad_angles(*self._factors(list(scaling), scaling)).to(weight.device)
         if weight.dtype == torch.float32 and weight.device.type != "mps":  # which has no float64
             theta = theta.double()  # so that a turn and its opposite differ by the rounding of the result alone
-        return rotate_weight(weight, theta, dtype)
+        return self._rotate(weight, theta, dtype)
 
     def _was_changed(self, weight: Tensor) -> bool:
         """Whether somebody else wrote into the weight since it was merged; a change of dtype or device does not count."""

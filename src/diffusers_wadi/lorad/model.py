@@ -1,6 +1,7 @@
 """LoRaD on a model: finds the layers, wraps them, and leaves the model as it was when something does not fit."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,12 +10,16 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from diffusers_wadi.lorad.base_layers import check_base_layer
 from diffusers_wadi.lorad.composition import add_weighted_adapter
 from diffusers_wadi.lorad.config import LoRaDConfig
 from diffusers_wadi.lorad.conv import LoRaDConv1d, LoRaDConv2d, LoRaDConv3d
-from diffusers_wadi.lorad.layer import LoRaDLayer, LoRaDLinear, check_base_layer
+from diffusers_wadi.lorad.embedding import LoRaDEmbedding, LoRaDTransposedLinear
+from diffusers_wadi.lorad.layer import LoRaDLayer, LoRaDLinear
 from diffusers_wadi.lorad.mixed_batch import mixed_adapter_batch
+from diffusers_wadi.lorad.multihead_attention import LoRaDMultiheadAttention
 from diffusers_wadi.lorad.targets import adaptable_linears, lorad_target_modules
 
 try:
@@ -25,7 +30,15 @@ except ImportError:  # PEFT before 0.20 raises a plain ValueError
 __all__ = ["LoRaDModel"]
 
 # The LoRaD layer for each kind of base layer.
-_LAYERS = {nn.Linear: LoRaDLinear, nn.Conv1d: LoRaDConv1d, nn.Conv2d: LoRaDConv2d, nn.Conv3d: LoRaDConv3d}
+_LAYERS = {
+    nn.Linear: LoRaDLinear,
+    nn.Conv1d: LoRaDConv1d,
+    nn.Conv2d: LoRaDConv2d,
+    nn.Conv3d: LoRaDConv3d,
+    Conv1D: LoRaDTransposedLinear,
+    nn.Embedding: LoRaDEmbedding,
+    nn.MultiheadAttention: LoRaDMultiheadAttention,
+}
 
 # PEFT's word for an adapter that is meant to match nothing at first.
 _DUMMY_TARGETS = "dummy-target-modules"
@@ -76,7 +89,7 @@ class LoRaDModel(BaseTuner):
         """PEFT calls this before it touches the first layer: the moment to look at all of them."""
         if peft_config.target_modules == _DUMMY_TARGETS:
             return
-        matched = self._matched_modules(peft_config, model)
+        matched = _without_uncalled(model, self._matched_modules(peft_config, model))
         for name, module in matched.items():
             check_base_layer(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module, name)
         narrowed = peft_config.exclude_modules or peft_config.modules_to_save or peft_config.layers_to_transform
@@ -108,6 +121,8 @@ class LoRaDModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        if isinstance(parent, nn.MultiheadAttention):
+            return  # see `_without_uncalled`
         pattern = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
         r = peft_config.rank_pattern.get(pattern, peft_config.r)
         existing = _lorad_layer_within(target)
@@ -120,6 +135,12 @@ class LoRaDModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if hasattr(new_module, "base_layer"):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:  # unloading: the base is complete, and PEFT would give it a weight and bias that some do not have
+            setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's `autocast_adapter_dtype`: True keeps the factors in float32, False takes the dtype of the base."""
@@ -153,6 +174,22 @@ def _lorad_layer_within(module: nn.Module | None) -> LoRaDLayer | None:
     while module is not None and not isinstance(module, LoRaDLayer):
         module = getattr(module, "base_layer", None)
     return module
+
+
+def _without_uncalled(model: nn.Module, matched: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Leave out the output projections of torch's own attentions: nobody calls them, so an adapter would not act."""
+    uncalled = [name for name in matched if isinstance(_parent(model, name), nn.MultiheadAttention)]
+    if uncalled:
+        warnings.warn(
+            f"{len(uncalled)} of the target modules are left alone, first `{uncalled[0]}`: an nn.MultiheadAttention "
+            f"reads their weights without calling them. To adapt it, name `{uncalled[0].rpartition('.')[0]}` itself.",
+            stacklevel=2,
+        )
+    return {name: module for name, module in matched.items() if name not in uncalled}
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])
 
 
 def _no_match_message(peft_config: LoRaDConfig, model: nn.Module) -> str:

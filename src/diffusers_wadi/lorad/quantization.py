@@ -13,7 +13,7 @@ __all__ = [
     "dequantized",
     "is_quantized",
     "lorad_quantized_linear",
-    "refuse_quantized_convolution",
+    "refuse_quantized",
     "refuse_unreadable",
 ]
 
@@ -47,8 +47,8 @@ def refuse_unreadable(layer: nn.Module, name: str) -> None:
     )
 
 
-def refuse_quantized_convolution(layer: nn.Module, name: str) -> None:
-    """Refuse a convolution whose weight is not plain floating-point numbers.
+def refuse_quantized(layer: nn.Module, name: str) -> None:
+    """Refuse a layer, other than a Linear, whose weight is not plain floating-point numbers.
 
     Raises:
         ValueError: with the type that was found.

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_pairs", "lorad_angles", "lorad_linear", "rotate", "rotate_weight"]
+__all__ = ["check_pairs", "lorad_angles", "lorad_linear", "rotate", "rotate_weight", "turned_rows"]
 
 
 def check_pairs(in_features: int, name: str = "weight") -> None:
@@ -72,8 +72,9 @@ def rotate(weight: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> T
     work = _work_dtype(weight, theta)
     even, odd = weight.to(work).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = theta.to(work).cos(), theta.to(work).sin()
-    # Written column by column: on the CPU `torch.stack` along the last axis takes three times as long.
-    turned = torch.empty_like(weight, dtype=work, memory_format=torch.contiguous_format)
+    # Written column by column: on the CPU `torch.stack` along the last axis takes three times as long. In the memory
+    # layout of the weight, so that angle 0 gives the very same product with an input too (a Conv1D is transposed).
+    turned = torch.empty_like(weight, dtype=work)
     turned[..., 0::2] = torch.addcmul(even * cos, odd, sin, value=-1)
     turned[..., 1::2] = torch.addcmul(odd * cos, even, sin)
     return turned.to(weight.dtype if dtype is None else dtype)
@@ -95,21 +96,66 @@ def rotate_weight(weight: Tensor, theta: Tensor, dtype: torch.dtype | None = Non
     paired = rows.shape[1] // 2 * 2
     turned = rotate(rows[:, :paired], theta, dtype)
     if paired < rows.shape[1]:
-        turned = torch.cat([turned, rows[:, paired:].to(turned.dtype)], dim=1)
+        whole = torch.empty_like(rows, dtype=turned.dtype)  # which keeps the layout, as in `rotate`
+        whole[:, :paired], whole[:, paired:] = turned, rows[:, paired:]
+        turned = whole
     return turned.reshape(weight.shape)
+
+
+def turned_rows(rows: Tensor, A: Tensor, B: Tensor, wide: bool = False) -> Tensor:
+    """`rotate_weight(rows, A @ B)`, keeping only the three inputs for the backward pass.
+
+    Args:
+        rows: (n, in). A: (n, r), the factor of these rows. B: (r, in // 2).
+        wide: take the sines and cosines in float64, as merging does, for the very same numbers. Default False.
+
+    Returns:
+        (n, in), in the dtype of `rows`.
+    """
+    if not torch.is_grad_enabled():
+        return rotate_weight(rows, _widened(lorad_angles(A, B), wide))
+    return _TurnedRows.apply(rows, A, B, wide)
+
+
+class _TurnedRows(torch.autograd.Function):
+    @staticmethod
+    def forward(rows: Tensor, A: Tensor, B: Tensor, wide: bool) -> Tensor:
+        return rotate_weight(rows, _widened(lorad_angles(A, B), wide))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, A, B = ctx.saved_tensors
+        needs_rows, needs_A, needs_B, _ = ctx.needs_input_grad
+        d_rows = d_A = d_B = None
+        with _autocast_off(grad.device.type):
+            theta = lorad_angles(A, B)
+            if needs_rows:
+                d_rows = rotate_weight(grad.to(theta.dtype), -theta, rows.dtype)
+            if needs_A or needs_B:
+                turned = rotate_weight(rows, theta, _work_dtype(rows, theta))
+                d_A, d_B = factor_gradients(turned, grad, A, B, needs_A, needs_B)
+        return d_rows, d_A, d_B, None
+
+
+def _widened(theta: Tensor, wide: bool) -> Tensor:
+    return theta.double() if wide and theta.device.type != "mps" else theta  # mps has no float64
 
 
 def lorad_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dtype: torch.dtype | None = None
 ) -> Tensor:
-    """`F.linear(x, rotate(weight, A @ B), bias)`, keeping at most `x`, `weight`, `A` and `B` for the backward pass.
+    """`F.linear(x, rotate_weight(weight, A @ B), bias)`, keeping at most these inputs for the backward pass.
 
     The rotated weight and the angles, two matrices of the size of the weight in every layer, are recomputed in the
     backward pass instead of being kept (the authors' release keeps both: 1.4 GB for SD 1.5 in float32).
     Under autocast the matrix products run in the autocast dtype, angles and rotation stay in float32.
 
     Args:
-        x: (..., in). weight: (out, in). bias: (out,) or None. A: (out, r). B: (r, in/2).
+        x: (..., in). weight: (out, in), of any strides. bias: (out,) or None. A: (out, r). B: (r, in // 2).
         dtype: in which the rotated weight meets `x`, without autocast. Default: that of `weight`.
 
     Returns:
@@ -127,7 +173,7 @@ class _LoRaDLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.linear(x, rotate(weight, lorad_angles(A, B), dtype), bias)
+        return F.linear(x, rotate_weight(weight, lorad_angles(A, B), dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -143,13 +189,15 @@ class _LoRaDLinear(torch.autograd.Function):
         d_x = d_weight = d_bias = d_A = d_B = None
         with _autocast_off(grad.device.type):
             theta = lorad_angles(A, B)
-            rotated = rotate(weight, theta, _work_dtype(weight, theta)) if needs_x or needs_A or needs_B else None
+            rotated = (
+                rotate_weight(weight, theta, _work_dtype(weight, theta)) if needs_x or needs_A or needs_B else None
+            )
             if needs_x:
                 d_x = grad @ rotated.to(grad.dtype)
             if x is not None:
                 d_rotated = _flat(grad).T @ _flat(x)  # (out, in)
             if needs_weight:
-                d_weight = rotate(d_rotated.to(theta.dtype), -theta, weight.dtype)
+                d_weight = rotate_weight(d_rotated.to(theta.dtype), -theta, weight.dtype)
             if needs_A or needs_B:
                 d_A, d_B = factor_gradients(rotated, d_rotated, A, B, needs_A, needs_B)
             if needs_bias:
@@ -159,15 +207,16 @@ class _LoRaDLinear(torch.autograd.Function):
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.is_grad_enabled():
-        return F.linear(x, rotate(weight, lorad_angles(A, B), dtype), bias)
+        return F.linear(x, rotate_weight(weight, lorad_angles(A, B), dtype), bias)
     return _LoRaDLinear.apply(x, weight, bias, A, B, dtype)
 
 
 def factor_gradients(
     rotated: Tensor, d_rotated: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B from the rotated weight (out, in) and its gradient."""
-    d_theta = _angle_gradient(rotated, d_rotated.to(rotated.dtype))
+    """Gradients of A and B from the rotated weight (out, in) and its gradient; an odd last column has no part in it."""
+    paired = 2 * B.shape[1]
+    d_theta = _angle_gradient(rotated[:, :paired], d_rotated[:, :paired].to(rotated.dtype))
     dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
     d_theta = d_theta.to(dtype)
     d_A = (d_theta @ B.T.to(dtype)).to(A.dtype) if needs_A else None

@@ -5,6 +5,7 @@ from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 __all__ = [
     "DEFAULT_RANKS",
@@ -14,11 +15,13 @@ __all__ = [
     "backbone_of",
     "lorad_target_modules",
     "trainable_parameter_count",
+    "weight_vectors",
 ]
 
 Role = Literal["student", "fake"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_ADAPTABLE = (nn.Linear, *CONVOLUTIONS, Conv1D, nn.Embedding, nn.MultiheadAttention)
 
 _UNET = "UNet2DConditionModel"
 _PIXART = "PixArtTransformer2DModel"
@@ -70,7 +73,7 @@ def lorad_target_modules(model: nn.Module, role: Role = "student", convolutions:
             f"`convolutions` is for a {_UNET}; the only convolution of a {backbone} cuts the image into patches, and "
             "the paper leaves it alone. To adapt it all the same, name it in `target_modules`."
         )
-    layers = adaptable_layers(model) if convolutions else adaptable_linears(model)
+    layers = _layers_of(model, (nn.Linear, *CONVOLUTIONS) if convolutions else (nn.Linear,))
     names = [name for name, _ in layers if chosen(name)]
     if not names:
         raise ValueError(
@@ -83,36 +86,58 @@ def lorad_target_modules(model: nn.Module, role: Role = "student", convolutions:
 def trainable_parameter_count(model: nn.Module, names: Iterable[str], r: int) -> int:
     """Parameters of an adapter of rank `r` on the named layers: the sum of `r * (out + in / 2)`.
 
-    For a convolution, in stands for in/groups times the size of its kernel.
+    What in and out stand for in other layers than Linear ones: see `weight_vectors`.
 
     Raises:
-        ValueError: a name that is no Linear layer or convolution of the model.
+        ValueError: a name that is no layer of the model that LoRaD can adapt.
     """
     layers = dict(adaptable_layers(model))
     names = list(names)
     unknown = [name for name in names if name not in layers]
     if unknown:
         raise ValueError(
-            f"{len(unknown)} of {len(names)} names are no Linear layers or convolutions of this "
+            f"{len(unknown)} of {len(names)} names are no Linear layers, convolutions, embeddings or attentions of this "
             f"{type(model).__name__}, the first is {unknown[0]!r}. Full names are expected, as `lorad_target_modules` "
             "returns them."
         )
-    return sum(r * sum(_rows_and_pairs(layers[name])) for name in names)
+    return sum(r * (rows + size // 2) for name in names for rows, size in _weights(layers[name]))
 
 
-def _rows_and_pairs(layer: nn.Module) -> tuple[int, int]:
+def weight_vectors(layer: nn.Module) -> tuple[int, int]:
+    """The weight of a layer as a list of vectors that LoRaD turns: their number, and how many numbers each has.
+
+    Linear: (out, in). Convolution: (out, in/groups times the size of the kernel). transformers' Conv1D: (out, in),
+    though it stores the transpose. Embedding: (num_embeddings, embedding_dim). MultiheadAttention: (3 * embed_dim,
+    embed_dim) for its input projection; the output projection is a Linear.
+    """
     if isinstance(layer, nn.Linear):
-        return layer.out_features, layer.in_features // 2
-    return layer.out_channels, layer.weight[0].numel() // 2
+        return layer.out_features, layer.in_features  # not the weight's shape, which quantisation may pack
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    weight = layer.in_proj_weight if isinstance(layer, nn.MultiheadAttention) else layer.weight
+    return weight.shape[0], weight[0].numel()
 
 
-def adaptable_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
-    """(name, layer) of every Linear of the model proper; an adapted layer counts once, under its own name."""
-    return ((name, layer) for name, layer in adaptable_layers(model) if isinstance(layer, nn.Linear))
+def _weights(layer: nn.Module) -> list[tuple[int, int]]:
+    if isinstance(layer, nn.MultiheadAttention):
+        return [weight_vectors(layer), weight_vectors(layer.out_proj)]
+    return [weight_vectors(layer)]
+
+
+def adaptable_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, layer) of every Linear (and Conv1D of transformers) of the model proper, PEFT's "all-linear".
+
+    An adapted layer counts once, under its own name.
+    """
+    return _layers_of(model, (nn.Linear, Conv1D))
 
 
 def adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, layer) of every Linear and every convolution of the model proper, as `adaptable_linears`."""
+    """(name, layer) of every layer of the model proper of a kind that LoRaD adapts, as `adaptable_linears`."""
+    return _layers_of(model, _ADAPTABLE)
+
+
+def _layers_of(model: nn.Module, kinds: tuple[type, ...]) -> Iterator[tuple[str, nn.Module]]:
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
@@ -120,7 +145,7 @@ def adaptable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer):
             inside += (name + ".",)
             module = module.get_base_layer()
-        if isinstance(module, (nn.Linear, *CONVOLUTIONS)):
+        if isinstance(module, kinds):
             yield name, module
 
 
