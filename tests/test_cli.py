@@ -5,13 +5,16 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_pixart import pixart_pipeline
 
-from diffusers_wadi import WaDiPipeline, bundled_checkpoint, cli
+from diffusers_wadi import LoRaDConfig, WaDiPipeline, bundled_checkpoint, cli
+from diffusers_wadi._adapter_ops import add_adapter
 from diffusers_wadi.cli import _flags, convert
 from diffusers_wadi.cli import generate as generating
+from diffusers_wadi.loaders import save_lorad_adapter
 
 
 def generate(*arguments):
@@ -192,6 +195,21 @@ def test_fuse_of_a_complete_checkpoint_copies_it(base_folder, tmp_path, capsys):
     assert all(torch.equal(first[key], second[key]) for key in first | second)
     assert run("fuse", base_folder, "-o", tmp_path / "other", "--scale", "0.5") == 2
     assert "nothing for --scale to scale" in capsys.readouterr().err and not (tmp_path / "other").exists()
+
+
+def test_fuse_takes_pixart_and_export_says_that_it_does_not(tmp_path, capsys):
+    base, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "complete"
+    pipe = pixart_pipeline()
+    pipe.save_pretrained(base)
+    add_adapter(pipe.transformer, LoRaDConfig(r=2, init_lorad_weights="xavier", target_modules=["to_q"]), "default")
+    save_lorad_adapter(pipe.transformer, adapter, component="transformer", base_model_name_or_path=str(base))
+    assert run("fuse", adapter, "-o", out) == 0
+    fused, plain = (PixArtAlphaPipeline.from_pretrained(folder).transformer.state_dict() for folder in (out, base))
+    assert fused.keys() == plain.keys()
+    assert any(not torch.equal(fused[name], plain[name]) for name in plain)
+    capsys.readouterr()
+    assert run("export", adapter, "-o", tmp_path / "one.safetensors") == 2
+    assert "WaDiPixArtPipeline" in capsys.readouterr().err
 
 
 def test_extract_undoes_fuse(adapter_folder, base_folder, tmp_path, capsys):

@@ -114,7 +114,7 @@ def test_a_scheduler_that_moved_its_tables_is_tried_here():
         (DDIMScheduler(**SD_BETAS, **GOOD | {"clip_sample": True}), "misses x0"),
         (DDIMScheduler(**SD_BETAS, **GOOD, thresholding=True), "misses x0"),
         (DDIMScheduler(**SD_BETAS, **GOOD, rescale_betas_zero_snr=True), "zero terminal SNR"),
-        (DDIMScheduler(**SD_BETAS | {"prediction_type": "v_prediction"}, **GOOD), "v_prediction"),
+        (DDIMScheduler(**SD_BETAS | {"prediction_type": "sample"}, **GOOD), "'sample'.* epsilon, v_prediction"),
         (PNDMScheduler(**SD_BETAS), "t = 999"),
         (EulerDiscreteScheduler(**SD_BETAS), "t = 999"),
     ],
@@ -123,6 +123,17 @@ def test_refuses_with_the_remedy(scheduler, message):
     with pytest.raises(ValueError, match=message) as error:
         check_one_step_scheduler(scheduler)
     assert "Use " in str(error.value)
+
+
+def test_a_network_that_predicts_v():
+    z, v = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler = one_step_scheduler(PNDMScheduler(**SD_BETAS | {"prediction_type": "v_prediction"}))
+    timesteps, x0 = one_step(scheduler, z, v)
+    alpha_bar = scheduler.alphas_cumprod[-1]
+    assert timesteps == [999] and scheduler.config.prediction_type == "v_prediction"
+    torch.testing.assert_close(x0, alpha_bar**0.5 * z - (1 - alpha_bar) ** 0.5 * v)
+    with pytest.raises(ValueError, match="terminal_alpha_cumprod=0.0047 is for a network that predicts 'epsilon'"):
+        one_step_scheduler(scheduler, terminal_alpha_cumprod=0.0047)
 
 
 @pytest.mark.parametrize("setting", [{"prediction_type": "sample"}, {"rescale_betas_zero_snr": True}])

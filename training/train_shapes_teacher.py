@@ -1,7 +1,8 @@
 #!/usr/bin/env python
-"""Trains the Shapes World teacher from nothing: VAE, then text encoder and UNet together. CPU or one GPU.
+"""Trains the Shapes World teacher from nothing: VAE, then text encoder and denoiser together. CPU or one GPU.
 
     python training/train_shapes_teacher.py --output_dir shapes-teacher --seed 0
+    python training/train_shapes_teacher.py --output_dir shapes-pixart --denoiser pixart --pretrained_vae shapes-teacher/pipeline
 
 It writes an ordinary diffusers pipeline folder to OUTPUT_DIR/pipeline. Interrupt it at will: the same command goes on
 from the last checkpoint. `training/README.md` has the command of the bundled teacher, with wall time and machine.
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from PIL import Image
@@ -23,9 +24,10 @@ from transformers import get_wsd_schedule
 
 from diffusers_wadi._optional import require
 from diffusers_wadi.shapes import judge_image
-from diffusers_wadi.shapes import models as shapes_models
+from diffusers_wadi.shapes.models import build_vae, standardise_latents
 from diffusers_wadi.shapes.renderer import render_scenes
-from diffusers_wadi.shapes.scenes import RELATIONS, heldout_captions, training_scenes
+from diffusers_wadi.shapes.scenes import heldout_captions, training_scenes
+from diffusers_wadi.shapes.teachers import TEACHERS, epsilon_loss
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -39,6 +41,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     add("--num_threads", type=int, help="CPU threads. Default: torch's own choice.")
     add("--mixed_precision", choices=("no", "bf16"), default="bf16", help="Autocast of both stages. Default: bf16.")
     add("--num_train_images", type=int, default=40000, help="Renders in the training set. Default: 40000.")
+    add("--pretrained_vae", help="Folder of a VAE, or of a pipeline with one, to take instead of training it.")
     add("--vae_steps", type=int, default=6000, help="Optimiser steps of the VAE. Default: 6000.")
     add("--vae_batch_size", type=int, default=16, help="Images a step. Default: 16.")
     add("--vae_learning_rate", type=float, default=1.5e-3, help="Peak rate of AdamW. Default: 1.5e-3.")
@@ -50,7 +53,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="VAE steps at 1/40 of that weight. At the full weight from the start the colours collapse into one axis "
         "before they are told apart. Default: 2500.",
     )
-    add("--unet_steps", type=int, default=9000, help="Optimiser steps of UNet and text encoder. Default: 9000.")
+    add(
+        "--denoiser",
+        choices=tuple(TEACHERS),
+        default="unet",
+        help="unet: Stable Diffusion in miniature, with CLIP; pixart: PixArt-alpha in miniature, with T5. Default: unet.",
+    )
+    add("--unet_steps", type=int, default=9000, help="Optimiser steps of denoiser and text encoder. Default: 9000.")
     add("--unet_batch_size", type=int, default=64, help="Latents a step. Default: 64.")
     add("--unet_learning_rate", type=float, default=8e-4, help="Peak rate of AdamW. Default: 8e-4.")
     add("--proportion_empty_prompts", type=float, default=0.1, help="Captions dropped, for guidance. Default: 0.1.")
@@ -173,7 +182,7 @@ def vae_loss(vae, pixels: torch.Tensor, generator: torch.Generator, kl_weight: f
 def train_vae(args: argparse.Namespace, images: np.ndarray):
     """Trains the VAE and returns it with averaged weights, frozen."""
     torch.manual_seed(args.seed)
-    vae = shapes_models.build_vae().to(args.device)
+    vae = build_vae().to(args.device)
     vae.set_attn_processor(AttnProcessor())
     stage = Stage("vae", args, {"vae": vae}, args.vae_learning_rate, args.vae_steps)
     stage.resume(args.device)
@@ -192,6 +201,15 @@ def train_vae(args: argparse.Namespace, images: np.ndarray):
     return vae.eval().requires_grad_(False)
 
 
+def load_vae(args: argparse.Namespace) -> AutoencoderKL:
+    """The VAE of `--pretrained_vae`, frozen, in float32. Its latents are taken as they are: made by this script before."""
+    folder = Path(args.pretrained_vae)
+    folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).to(args.device)
+    vae.set_attn_processor(AttnProcessor())
+    return vae.eval().requires_grad_(False)
+
+
 @torch.no_grad()
 def encode_images(vae, images: np.ndarray, args: argparse.Namespace) -> torch.Tensor:
     """Posterior means (n, 4, 8, 8), float32."""
@@ -201,80 +219,27 @@ def encode_images(vae, images: np.ndarray, args: argparse.Namespace) -> torch.Te
     return torch.cat(means).float()
 
 
-@torch.no_grad()
-def standardise_latents(vae, latents: torch.Tensor) -> torch.Tensor:
-    """Gives every latent channel mean 0 and std 1, folded into the VAE's 1x1 convolutions, so `scaling_factor` is 1.
-
-    Exact: the encoder's last convolution makes means and log-variances per channel, the decoder's first one undoes it.
-    Stock pipelines know one scaling factor and no shift, and channels of unequal size would not be noised equally.
-    """
-    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
-    channels = len(mean)
-    out, back = vae.quant_conv, vae.post_quant_conv
-    out.bias[:channels] = (out.bias[:channels] - mean) / std
-    out.weight[:channels] /= std[:, None, None, None]
-    out.bias[channels:] -= 2 * std.log()
-    back.bias += torch.einsum("oi,i->o", back.weight[:, :, 0, 0], mean)
-    back.weight *= std[None, :, None, None]
-    vae.register_to_config(scaling_factor=1.0)
-    return (latents - mean[:, None, None]) / std[:, None, None]
+# --- stage 2: text encoder and denoiser ------------------------------------------------------------------------------------
 
 
-# --- stage 2: text encoder and UNet ------------------------------------------------------------------------------------
-
-
-def relation_loss(states: torch.Tensor, tokens: torch.Tensor, relation_ids: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy of the relation at every later token, read off the first channels of its state.
-
-    Sides are an exclusive or of word order and relation, so neither alone lowers the diffusion loss, and an encoder
-    trained by that loss alone forgets which relation it read. Told apart, the second shape's tokens know their side.
-
-    Args:
-        states: (n, 24, width) last hidden states. tokens: (n, 24). relation_ids: (4,) ids of the relations' first words.
-    """
-    matches = tokens[..., None] == relation_ids  # (n, 24, 4)
-    after = matches.any(-1).cumsum(1) > 0
-    labels = matches.any(1).int().argmax(-1)[:, None].expand_as(tokens)
-    if not after.any():
-        return states.new_zeros(())
-    return F.cross_entropy(3 * states[..., : len(relation_ids)].float()[after], labels[after])
-
-
-def epsilon_loss(unet, scheduler, latents, states, generator, power: float) -> torch.Tensor:
-    """Epsilon-prediction loss at uniform timesteps, weighted by alphas_cumprod[t] ** -power."""
-    noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-    timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(latents),), generator=generator)
-    alphas = scheduler.alphas_cumprod[timesteps].to(latents.device)
-    timesteps = timesteps.to(latents.device)
-    prediction = unet(scheduler.add_noise(latents, noise, timesteps), timesteps, states).sample
-    return (F.mse_loss(prediction.float(), noise, reduction="none").mean(dim=(1, 2, 3)) * alphas**-power).mean()
-
-
-def train_unet(args: argparse.Namespace, vae, latents: torch.Tensor, captions: list[str]):
-    """Trains UNet and text encoder together on latents; returns the pipeline with averaged weights."""
+def train_denoiser(args: argparse.Namespace, vae, latents: torch.Tensor, captions: list[str]):
+    """Trains denoiser and text encoder together on latents; returns the pipeline with averaged weights."""
     torch.manual_seed(args.seed + 1)
-    tokenizer = shapes_models.build_tokenizer()
-    text_encoder = shapes_models.build_text_encoder(tokenizer).to(args.device)
-    unet = shapes_models.build_unet().to(args.device, memory_format=torch.channels_last)
-    # The backward of fused attention is slower on a CPU than all the rest of this small network together.
-    unet.set_attn_processor(AttnProcessor())
-    text_encoder.set_attn_implementation("eager")
-    pipeline = shapes_models.build_pipeline(vae, text_encoder, tokenizer, unet)
-    stage = Stage("unet", args, {"unet": unet, "text": text_encoder}, args.unet_learning_rate, args.unet_steps)
+    teacher = TEACHERS[args.denoiser](vae, args.device)
+    modules = {args.denoiser: teacher.denoiser, "text": teacher.text_encoder}
+    stage = Stage(args.denoiser, args, modules, args.unet_learning_rate, args.unet_steps)
     stage.resume(args.device)
-    relation_ids = torch.tensor([tokenizer(name).input_ids[1] for name in RELATIONS], device=args.device)
-    tokens, empty = shapes_models.tokenize(tokenizer, captions), shapes_models.tokenize(tokenizer, [""])[0]
-    progress = tqdm(total=stage.steps, initial=stage.step, desc="UNet", mininterval=5)
+    tokens, empty = teacher.tokenize(captions), teacher.tokenize([""])[0]
+    progress = tqdm(total=stage.steps, initial=stage.step, desc=args.denoiser, mininterval=5)
     while stage.step < stage.steps:
         index = batch_indices(stage.step, args.unet_batch_size, len(latents), args.seed + 1)
         dropped = torch.rand(len(index), generator=stage.generator) < args.proportion_empty_prompts
         batch_tokens = torch.where(dropped[:, None], empty, tokens[index]).to(args.device)
+        batch = latents[index.to(latents.device)]
         with autocast(args):
-            states = text_encoder(batch_tokens)[0]
-            batch = latents[index.to(latents.device)]
-            loss = epsilon_loss(
-                unet, pipeline.scheduler, batch, states, stage.generator, args.loss_weighting_power
-            ) + args.relation_loss_weight * relation_loss(states, batch_tokens, relation_ids)
+            states = teacher.states(batch_tokens)
+            loss = epsilon_loss(teacher, batch, states, batch_tokens, stage.generator, args.loss_weighting_power)
+            loss = loss + args.relation_loss_weight * teacher.relation_loss(states, batch_tokens)
         stage.step_optimizer(loss)
         progress.update()
         progress.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
@@ -283,19 +248,20 @@ def train_unet(args: argparse.Namespace, vae, latents: torch.Tensor, captions: l
         if stage.step % args.validation_steps == 0:
             stage.ema.store(stage.parameters)
             stage.ema.copy_to(stage.parameters)
-            validate(pipeline, args, stage.step)
+            validate(teacher, args, stage.step)
             stage.ema.restore(stage.parameters)
     stage.ema.copy_to(stage.parameters)
-    return pipeline
+    return teacher.pipeline
 
 
-def validate(pipeline, args: argparse.Namespace, step: int) -> None:
+def validate(teacher, args: argparse.Namespace, step: int) -> None:
     """A grid of 64 held-out captions at 25 steps and guidance 3, and how many attributes the judge finds right."""
     captions = heldout_captions(64, seed=1)
-    pipeline.set_progress_bar_config(disable=True)
+    teacher.pipeline.set_progress_bar_config(disable=True)
     with autocast(args):
-        images = pipeline(
+        images = teacher.pipeline(
             captions,
+            **teacher.call,
             num_inference_steps=25,
             guidance_scale=3.0,
             output_type="np",
@@ -335,6 +301,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("num_train_images", "vae_steps", "vae_batch_size", "unet_steps", "unet_batch_size"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1.")
+    if args.pretrained_vae is not None and not Path(args.pretrained_vae).is_dir():
+        raise ValueError(f"--pretrained_vae {args.pretrained_vae} is no folder.")
     for name in ("checkpointing_steps", "validation_steps"):
         if getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}, expected at least 1; a huge number means never.")
@@ -351,11 +319,12 @@ def main(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.num_threads)
     scenes = training_scenes(args.num_train_images, args.seed)
     images = render_scenes(scenes, args.seed)
-    vae = train_vae(args, images)
+    vae = train_vae(args, images) if args.pretrained_vae is None else load_vae(args)
     latents = encode_images(vae, images, args)
     print("Latents: std of each channel", [round(x, 3) for x in latents.std(dim=(0, 2, 3)).tolist()])
-    latents = standardise_latents(vae, latents)
-    pipeline = train_unet(args, vae, latents, [scene.caption for scene in scenes])
+    if args.pretrained_vae is None:
+        latents = standardise_latents(vae, latents)
+    pipeline = train_denoiser(args, vae, latents, [scene.caption for scene in scenes])
     save_pipeline(pipeline, output / "pipeline")
     print(f"Wrote {output / 'pipeline'}")
 

@@ -18,27 +18,35 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import logging
+import os
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from diffusers.optimization import SchedulerType
 
-from diffusers_wadi.distillation import losses
-from diffusers_wadi.distillation.trainer import DTYPES, WaDiTrainer
+from diffusers_wadi._optional import require
+from diffusers_wadi.distillation import adapters, losses, objectives
+from diffusers_wadi.distillation.monitoring import tracker_names
+from diffusers_wadi.distillation.planning import make_plan
+from diffusers_wadi.distillation.setup import DTYPES
+from diffusers_wadi.distillation.trainer import WaDiTrainer
+
+DEFAULT_ROLE_RANKS = {"student": 256, "fake": 32}
 
 
 def _flag(group, name: str, default, help: str, **kwargs) -> None:
     if default is False:
-        kwargs = {"action": "store_true"}
+        kwargs.setdefault("action", "store_true")
     elif "type" not in kwargs and default is not None:
         kwargs["type"] = type(default)
     group.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **kwargs)
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("teacher, prompts, output")
-    g.add_argument("--pretrained_teacher_model", required=True, help="Folder or Hub id of the SD teacher pipeline.")
+    g = parser.add_argument_group("teacher, output")
+    g.add_argument("--pretrained_teacher_model", required=True, help="Folder or Hub id: SD 1.x, 2.x or PixArt-alpha.")
     _flag(g, "revision", None, "Hub revision of the teacher")
     _flag(g, "variant", None, "Weights variant of the teacher, e.g. fp16")
     _flag(
@@ -49,24 +57,84 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     )
     _flag(g, "output_dir", "wadi-model", "Where student, checkpoints and samples go")
     _flag(g, "adapter_dtype", "fp32", "Of the exported student's file; training is fp32", choices=("fp32", "fp16"))
-    _flag(g, "train_prompts", None, "Prompts: .txt, one per line, or .json, a list of strings")
-    _flag(g, "shapes_captions", None, "Instead of a file: this many Shapes World captions", type=int)
-    _flag(g, "max_cached_prompts", 20_000, "With more prompts, text is encoded at each step instead of once")
-    _flag(g, "embedding_dtype", "fp32", "Precision of the cached text embeddings", choices=("fp32", "fp16"))
-    _flag(g, "text_batch_size", 64, "Batch of the text encoder while the cache is filled")
     _flag(g, "resolution", None, "Image size; None: the teacher's own", type=int)
     _flag(g, "init_student", None, "LoRaD adapter (folder or file) to start the student from")
 
 
+def _add_text_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("prompts (from one source) and their text embeddings")
+    _flag(g, "train_prompts", None, "File: .txt (one a line), .json, .jsonl (also JourneyDB's), .csv or .parquet")
+    _flag(g, "dataset_name", None, "Instead: a data set of the Hub, or a folder, for the package datasets")
+    _flag(g, "dataset_config_name", None, "Configuration of the data set")
+    _flag(g, "dataset_split", "train", "Split of the data set")
+    _flag(g, "streaming", False, "Read the data set from the Hub without storing it")
+    _flag(g, "shapes_captions", None, "Instead: this many Shapes World captions", type=int)
+    _flag(g, "caption_column", None, "Column, or key of the objects, that holds the text")
+    _flag(g, "max_train_samples", None, "Only the first so many different prompts", type=int)
+    _flag(g, "skip_bad_lines", False, "Leave out records that cannot be read, instead of refusing the source")
+    _flag(
+        g,
+        "text_encoder_dtype",
+        None,
+        "Of the text encoder; None: fp32 for CLIP, for T5 as the frozen denoiser",
+        choices=tuple(DTYPES),
+    )
+    _flag(g, "max_sequence_length", None, "Tokens of T5's text; None: 120, as PixArt's stock pipeline", type=int)
+    _flag(
+        g,
+        "precompute_text_embeddings",
+        False,
+        "Encode all prompts once, into files that are mapped, instead of a batch at each step",
+    )
+    _flag(g, "text_cache_dir", None, "Where these lie, for this and other runs; None: text_cache in output_dir")
+    _flag(g, "embedding_dtype", "fp32", "Their precision", choices=("fp32", "fp16"))
+    _flag(g, "text_batch_size", 64, "Batch of the text encoder while they are computed")
+
+
+def _add_role_flags(parser: argparse.ArgumentParser) -> None:
+    g = parser.add_argument_group("student and fake: what is trained (defaults: authors' release)")
+    for role, rank in DEFAULT_ROLE_RANKS.items():
+        _flag(g, f"{role}_adapter", "lorad", f"What the {role} is made of", choices=adapters.KINDS)
+        _flag(g, f"{role}_rank", rank, "Rank of its LoRaD, LoRA or DoRA")
+        _flag(g, f"{role}_alpha", None, "Alpha of its LoRA or DoRA, scaled by alpha / rank; None: rank", type=float)
+        _flag(
+            g,
+            f"{role}_layers",
+            "paper",
+            "Which layers: linear (the paper's for LoRaD), linear_conv (Tab. 7), projections (Tab. 2: with 1x1 "
+            "convolutions), qkv, qv; paper: projections for a LoRA or DoRA student, else linear",
+            choices=adapters.LAYER_SETS,
+        )
+        _flag(
+            g,
+            f"{role}_init",
+            "paper",
+            "Start: paper: as the teacher; xavier, zero_b (LoRaD) or gaussian (LoRA)",
+            choices=sorted({init for inits in adapters.INITS.values() for init in inits}),
+        )
+    _flag(g, "student_convolutions", False, "Short for --student_layers linear_conv")
+
+
 def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("method (defaults: authors' release)")
+    _flag(
+        g,
+        "objective",
+        "wadi",
+        "Preset of flags, which others given beside it override; what it sets is shown at the start",
+        choices=tuple(objectives.OBJECTIVES),
+    )
+    _flag(g, "score_loss", "vsd", "VSD, or SiD's with gradients through the scores", choices=objectives.SCORE_LOSSES)
+    _flag(g, "sid_alpha", 1.0, "alpha of --score_loss sid")
+    _flag(g, "t_init", None, "Timestep of the student's step; None: the last", type=int)
     _flag(g, "guidance_scale", 1.5, "Guidance of the teacher's score")
     _flag(
         g, "fake_guidance_scale", None, "Guidance of the fake score; None: the teacher's; 1 saves a pass", type=float
     )
-    _flag(g, "student_rank", 256, "LoRaD rank of the student")
-    _flag(g, "student_convolutions", False, "Turn the student's convolutions too (the paper's Linear + Conv)")
-    _flag(g, "fake_rank", 32, "LoRaD rank of the fake-score network")
+    _flag(g, "guidance_scale_min", None, "With the next: the teacher's guidance is drawn between them", type=float)
+    _flag(g, "guidance_scale_max", None, "See --guidance_scale_min", type=float)
+    _flag(g, "guidance_scale_per", "sample", "Whether it is drawn for samples or batches", choices=("sample", "batch"))
+    _flag(g, "fake_training_guidance_scale", 1.0, "Guidance of the prediction that the fake's loss trains")
     _flag(
         g, "score_weighting", "sigma2", "sigma_t^2, or DMD2's 1/mean|x0 - x0_teacher|", choices=losses.SCORE_WEIGHTINGS
     )
@@ -74,20 +142,27 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     _flag(
         g, "fake_updates_per_step", 1, "Fake updates per student update; the further ones on fresh images, before it"
     )
+    toggle = argparse.BooleanOptionalAction
+    _flag(g, "fake_first", False, "All fake updates before the student's, on fresh images", action=toggle)
     _flag(g, "min_timestep", 20, "Lowest timestep of the score difference")
     _flag(g, "max_timestep", 980, "Highest timestep of the score difference, inclusive")
     _flag(g, "fake_min_timestep", 0, "Lowest timestep of the fake's loss")
     _flag(g, "fake_max_timestep", None, "Highest timestep of the fake's loss, inclusive; None: T - 1", type=int)
     _flag(g, "proportion_empty_prompts", 0.1, "How often the fake trains on the empty prompt")
     _flag(
-        g, "empty_prompts_per", "batch", "Whether whole batches or single samples get it", choices=("batch", "sample")
+        g,
+        "empty_prompts_per",
+        "batch",
+        "Whether whole updates' batches or single samples get it",
+        choices=("batch", "sample"),
     )
     _flag(
         g,
         "terminal_alpha_cumprod",
         None,
         "alpha_bar of the student's step. None: the schedule's own (SD: 0.00466), so that the student runs with the "
-        "teacher's schedule in stock pipelines; 0.0047 is the release's, 0.4%% less gain",
+        "teacher's schedule in stock pipelines; 0.0047 is the release's, 0.4%% less gain. None for PixArt: 0.0047, since "
+        "its own 4.04e-5 multiplies errors by 157",
         type=float,
     )
 
@@ -127,7 +202,8 @@ def _add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
     _flag(g, "adam_epsilon", 1e-8, "Adam")
     _flag(g, "max_grad_norm", 1.0, "Gradient clipping, of each network by itself")
     _flag(g, "use_8bit_adam", False, "bitsandbytes' AdamW8bit, as in the release's scripts")
-    _flag(g, "use_ema", False, "Average the student's factors; the average is validated and exported")
+    toggle = argparse.BooleanOptionalAction
+    _flag(g, "use_ema", False, "Average the student; the average is validated and exported", action=toggle)
     _flag(g, "ema_decay", 0.999, "Highest decay of that average; it starts lower")
 
 
@@ -152,6 +228,7 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "sdpa", "plain"),
     )
     _flag(g, "gradient_checkpointing", False, "Recompute activations in backward")
+    _flag(g, "allow_tf32", False, "TF32 in float32 products and convolutions of NVIDIA GPUs: faster, 10 bits")
     _flag(g, "torch_compile", False, "Compile the UNet, once per role")
     _flag(g, "channels_last", False, "Memory format of the UNet")
     _flag(g, "num_threads", None, "CPU threads of torch", type=int)
@@ -162,9 +239,16 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     _flag(g, "validation_prompts", None, "Prompts of the grid; None: the first of the training prompts", nargs="+")
     _flag(g, "num_validation_images", 8, "Images of the grid if --validation_prompts is not given")
     _flag(g, "validation_seed", 0, "Of the grid's noise")
-    _flag(g, "logging_steps", 10, "Updates between logged losses")
-    _flag(g, "report_to", "none", "Tracker: none (none is required to be installed), tensorboard, wandb, comet_ml")
-    _flag(g, "logging_dir", "logs", "Of the tracker, inside output_dir")
+    _flag(g, "logging_steps", 10, "Updates between logged losses, of which the means since the last time are logged")
+    _flag(g, "report_to", "none", "Trackers, with commas between them: tensorboard, wandb, ...; all: those installed")
+    _flag(g, "logging_dir", "logs", "Of the trackers, inside output_dir")
+    _flag(
+        g,
+        "max_bad_steps",
+        20,
+        "Stop after so many updates in a row whose loss or gradient is not finite; one is skipped",
+    )
+    _flag(g, "dry_run", False, "Print the plan (parameters, memory, steps, images, checkpoints) and write nothing")
 
 
 def _add_hub_flags(parser: argparse.ArgumentParser) -> None:
@@ -180,22 +264,37 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     """Flags of the script; `input_args` instead of the command line in tests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_data_flags(parser)
-    for add in (_add_method_flags, _add_warmup_flags, _add_optimiser_flags, _add_machine_flags, _add_hub_flags):
+    _add_text_flags(parser)
+    groups = (_add_method_flags, _add_role_flags, _add_warmup_flags, _add_optimiser_flags, _add_machine_flags)
+    for add in (*groups, _add_hub_flags):
         add(parser)
+    parser.set_defaults(**preset(input_args))
     args = parser.parse_args(input_args)
     check_args(args)
     return args
 
 
+def preset(input_args: list[str] | None) -> dict:
+    """Flag -> value that the objective on the command line sets; {} for "wadi"."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--objective", default="wadi")
+    for role in DEFAULT_ROLE_RANKS:
+        first.add_argument(f"--{role}_adapter")
+    known, _ = first.parse_known_args(input_args)
+    chosen = objectives.OBJECTIVES.get(known.objective, objectives.OBJECTIVES["wadi"])
+    return chosen.settings(known.student_adapter, known.fake_adapter)
+
+
 AT_LEAST = {
-    1: "student_rank fake_rank fake_updates_per_step train_batch_size gradient_accumulation_steps num_train_epochs "
-    "checkpointing_steps checkpoints_total_limit logging_steps num_threads text_batch_size shapes_captions "
+    1: "student_rank fake_rank t_init fake_updates_per_step train_batch_size gradient_accumulation_steps num_train_epochs "
+    "checkpointing_steps checkpoints_total_limit max_bad_steps logging_steps num_threads text_batch_size shapes_captions "
+    "max_sequence_length max_train_samples "
     "warmup_regression_pairs warmup_num_inference_steps warmup_sample_batch_size num_validation_images resolution",
     0: "max_train_steps warmup_regression_steps fake_warmup_steps warmup_lr_warmup_steps regression_weight guidance_scale "
-    "fake_guidance_scale warmup_guidance_scale min_timestep fake_min_timestep lr_warmup_steps adam_weight_decay "
-    "validation_steps max_cached_prompts seed",
+    "fake_guidance_scale guidance_scale_min fake_training_guidance_scale warmup_guidance_scale min_timestep fake_min_timestep lr_warmup_steps adam_weight_decay "
+    "validation_steps seed",
 }
-POSITIVE = "learning_rate fake_learning_rate warmup_learning_rate adam_epsilon max_grad_norm huber_delta"
+POSITIVE = "student_alpha fake_alpha learning_rate fake_learning_rate warmup_learning_rate adam_epsilon max_grad_norm huber_delta"
 FRACTIONS = "proportion_empty_prompts adam_beta1 adam_beta2 ema_decay"
 
 
@@ -215,21 +314,79 @@ def check_args(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not holds(value):
             raise ValueError(f"--{name} is {value}, expected {expectation}.")
+    check_method_flags(args)
     if args.min_timestep > args.max_timestep:
         raise ValueError(f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
     if args.fake_max_timestep is not None and args.fake_min_timestep > args.fake_max_timestep:
         raise ValueError(
             f"--fake_min_timestep {args.fake_min_timestep} is above --fake_max_timestep {args.fake_max_timestep}."
         )
-    if (args.train_prompts is None) == (args.shapes_captions is None):
-        raise ValueError("Give prompts by exactly one of --train_prompts and --shapes_captions.")
-    if args.report_to != "none" and importlib.util.find_spec(args.report_to) is None:
-        raise ValueError(f"--report_to {args.report_to}: that package is not installed. Install it or use none.")
+    check_prompt_flags(args)
+    tracker_names(args.report_to)
     if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
         raise ValueError("--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes.")
     if args.init_student is not None and not Path(args.init_student).exists():
         raise ValueError(f"--init_student {args.init_student} does not exist, expected a LoRaD folder or file.")
-    check_output_dir(Path(args.output_dir))
+    if not args.dry_run:
+        check_output_dir(Path(args.output_dir))
+
+
+def check_method_flags(args: argparse.Namespace) -> None:
+    """Refuse adapters and objectives whose flags do not go together."""
+    for role, spec in zip(DEFAULT_ROLE_RANKS, adapters.adapter_specs(args)):
+        given = getattr(args, f"{role}_rank")
+        if spec.owns_network and given != DEFAULT_ROLE_RANKS[role]:
+            logging.warning("--%s_adapter %s has no rank: --%s_rank %d does nothing", role, spec.kind, role, given)
+        if spec.kind == "householder" and args.adam_weight_decay:
+            raise ValueError(
+                f"--adam_weight_decay is {args.adam_weight_decay}: torch's householder keeps signs of 1 beside the "
+                "vectors that it trains, and any decay turns them to 0. Use 0, or matrix_exp or cayley."
+            )
+        half_base = args.base_dtype not in (None, "fp32") and args.mixed_precision == "no"
+        if spec.kind == "full" and half_base:
+            raise ValueError(
+                f"--{role}_adapter full trains in fp32, but --base_dtype {args.base_dtype} would call it in that dtype. "
+                "Add --mixed_precision fp16 or bf16."
+            )
+    if args.student_adapter != "lorad" and (args.init_student or args.push_to_hub):
+        flag = "--init_student" if args.init_student else "--push_to_hub"
+        raise ValueError(f"{flag} is for LoRaD students, --student_adapter is {args.student_adapter}.")
+    check_guidance(args)
+    if args.t_init is not None and args.terminal_alpha_cumprod is not None:
+        raise ValueError(
+            f"--terminal_alpha_cumprod {args.terminal_alpha_cumprod} is for the last timestep, --t_init {args.t_init} "
+            "takes the schedule's own value. Leave one out."
+        )
+
+
+def check_guidance(args: argparse.Namespace) -> None:
+    """Refuse half a range of guidance scales, and --objective pg_sb without one."""
+    low, high = args.guidance_scale_min, args.guidance_scale_max
+    if (low is None) != (high is None) or (args.objective == "pg_sb" and low is None):
+        raise ValueError(
+            f"--guidance_scale_min is {low} and --guidance_scale_max {high}: guidance drawn at random (--objective pg_sb) "
+            "needs both."
+        )
+    if low is not None and low > high:
+        raise ValueError(f"--guidance_scale_min {low} is above --guidance_scale_max {high}.")
+
+
+def check_prompt_flags(args: argparse.Namespace) -> None:
+    """Refuse none or several sources of prompts, and flags that belong to another one."""
+    sources = [
+        name for name in ("train_prompts", "dataset_name", "shapes_captions") if getattr(args, name) is not None
+    ]
+    if len(sources) != 1:
+        given = " and ".join(f"--{name}" for name in sources) or "none"
+        raise ValueError(f"Give exactly one of --train_prompts, --dataset_name and --shapes_captions, not {given}.")
+    if args.dataset_name is None and (args.streaming or args.dataset_config_name):
+        raise ValueError("--streaming and --dataset_config_name belong to --dataset_name, which is not given.")
+    if args.dataset_name is not None:
+        require("datasets", extra="train")
+    if args.shapes_captions is not None and args.caption_column is not None:
+        raise ValueError("--caption_column does not belong to --shapes_captions.")
+    if args.text_cache_dir is not None and not args.precompute_text_embeddings:
+        raise ValueError("--text_cache_dir is for --precompute_text_embeddings, which is not given.")
 
 
 def check_output_dir(folder: Path) -> None:
@@ -242,11 +399,23 @@ def check_output_dir(folder: Path) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train with checked flags `args`; the student is in `args.output_dir` afterwards."""
+    """Train with checked flags `args`; the student is in `args.output_dir` afterwards.
+
+    Raises:
+        SystemExit: Ctrl-C or SIGTERM stopped it, after a checkpoint; 130 or 143.
+    """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     if args.num_threads is not None:
         torch.set_num_threads(args.num_threads)
-    WaDiTrainer(args).train()
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    logging.info("objective %s", objectives.describe(args))
+    if args.dry_run:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(make_plan(args))
+        return
+    if received := WaDiTrainer(args).train():
+        sys.exit(128 + received)
 
 
 if __name__ == "__main__":

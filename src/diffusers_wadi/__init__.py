@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     )
     from diffusers_wadi.lorad.attention_processor import LoRaDAttnProcessor
     from diffusers_wadi.model_card import CardDetails
-    from diffusers_wadi.pipelines import WaDiPipeline
+    from diffusers_wadi.pipelines import WaDiPipeline, WaDiPixArtPipeline, one_step_pipeline_class
     from diffusers_wadi.schedulers import check_one_step_scheduler, one_step_scheduler
     from diffusers_wadi.shapes import bundled_checkpoint
 
@@ -60,6 +60,7 @@ _HOMES = {
     "LoRaDLoaderMixin": "loaders",
     "LoRaDModel": "lorad",
     "WaDiPipeline": "pipelines",
+    "WaDiPixArtPipeline": "pipelines",
     "add_weighted_adapter": "lorad",
     "attn_processors_from_lorad": "lorad.attention_conversion",
     "bundled_checkpoint": "shapes",
@@ -76,6 +77,7 @@ _HOMES = {
     "lorad_state_dict_from_attn_processors": "lorad.attention_conversion",
     "lorad_target_modules": "lorad",
     "mixed_adapter_batch": "lorad",
+    "one_step_pipeline_class": "pipelines",
     "one_step_scheduler": "schedulers",
     "read_authors_file": "authors_files",
     "save_authors_file": "authors_files",
@@ -94,6 +96,7 @@ __all__ = [
     "LoRaDLoaderMixin",
     "LoRaDModel",
     "WaDiPipeline",
+    "WaDiPixArtPipeline",
     "__version__",
     "add_weighted_adapter",
     "attn_processors_from_lorad",
@@ -111,6 +114,7 @@ __all__ = [
     "lorad_state_dict_from_attn_processors",
     "lorad_target_modules",
     "mixed_adapter_batch",
+    "one_step_pipeline_class",
     "one_step_scheduler",
     "read_authors_file",
     "save_authors_file",

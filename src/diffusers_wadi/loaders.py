@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,8 @@ class LoRaDLoaderMixin:
     """
 
     lorad_component: str | None = None  # default: "unet" if the pipeline has one, else "transformer"
-    _lorad_removed = False  # adapters were taken out unfused, so what is left is the multi-step base
+    # True: adapters were taken out unfused, so what is left is the multi-step base; None: there never was one.
+    _lorad_removed: bool | None = None
 
     def load_lorad_weights(
         self,
@@ -147,12 +148,13 @@ class LoRaDLoaderMixin:
     def get_active_adapters(self) -> list[str]:
         """The names of the adapters that are active."""
         stock = super().get_active_adapters() if hasattr(super(), "get_active_adapters") else []
-        return stock or ops.active_adapters(self._lorad_model())
+        model = self._present_model()
+        return stock or ([] if model is None else ops.active_adapters(model))
 
     def get_list_adapters(self) -> dict[str, list[str]]:
         """Component -> the names of its adapters, of any kind."""
         found = super().get_list_adapters() if hasattr(super(), "get_list_adapters") else {}
-        names = ops.adapter_names(self._lorad_model())
+        names = ops.adapter_names(self._present_model())
         return found | ({self._lorad_component(): names} if names else {})
 
     def disable_lora(self) -> None:
@@ -177,8 +179,8 @@ class LoRaDLoaderMixin:
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._refuse_unknown(names)
-        model = self._lorad_model()
-        fused = {name for layer in lorad_layers(model) for name in layer.merged_adapters} & set(names)
+        model = self._present_model()
+        fused = {name for layer in self._lorad_layers() for name in layer.merged_adapters} & set(names)
         if fused:
             raise ValueError(
                 f"{sorted(fused)} are fused into the weights; call unfuse_lorad() first, or unload_lorad_weights() to "
@@ -189,8 +191,8 @@ class LoRaDLoaderMixin:
         with offloading_paused(self._models()):
             if hasattr(super(), "delete_adapters"):
                 super().delete_adapters(names)
-                ops.delete_adapters(model, ())
-            else:
+                names = []
+            if model is not None:
                 ops.delete_adapters(model, names)
 
     def fuse_lorad(
@@ -222,6 +224,7 @@ class LoRaDLoaderMixin:
                     if names:
                         layer.unmerge(names)
                 raise
+        self._note_fused()
 
     def unfuse_lorad(self) -> None:
         """Undo every `fuse_lorad`: the adapters act again as before, with the scales they had."""
@@ -230,6 +233,7 @@ class LoRaDLoaderMixin:
             for layer in lorad_layers(model):
                 if layer.merged:
                     layer.unmerge()
+        self._note_fused()
 
     def unload_lorad_weights(self) -> None:
         """Take all LoRaD adapters out. What was fused stays in the weights, what was not is gone."""
@@ -240,10 +244,11 @@ class LoRaDLoaderMixin:
         with offloading_paused([model]):
             if len(names) == len(model.peft_config):
                 ops.unload_adapters(model)
-                return
-            for layer in lorad_layers(model):
-                layer.keep_merged()
-            ops.delete_adapters(model, names)
+            else:
+                for layer in lorad_layers(model):
+                    layer.keep_merged()
+                ops.delete_adapters(model, names)
+        self._note_fused()
 
     def unload_lora_weights(self, *args: Any, **kwargs: Any) -> None:
         """As the stock method, which takes LoRaD adapters out too; fused ones stay in the weights."""
@@ -252,9 +257,15 @@ class LoRaDLoaderMixin:
             super().unload_lora_weights(*args, **kwargs)
 
     def _note_removal(self) -> None:
-        layers = list(lorad_layers(self._lorad_model()))
+        layers = self._lorad_layers()
         if layers:
             self._lorad_removed = not any(layer.merged for layer in layers)
+
+    def _note_fused(self) -> None:
+        """Keep what stock `fused_loras` and `num_fused_loras` say true, for adapters of all kinds."""
+        if hasattr(self, "_merged_adapters"):
+            layers = [layer for model in self._models() for layer in ops.tuner_layers(model)]
+            self._merged_adapters = {name for layer in layers for name in layer.merged_adapters}
 
     def _refuse_unknown(self, names: Iterable[str]) -> None:
         known = {name for names in self.get_list_adapters().values() for name in names}
@@ -263,18 +274,30 @@ class LoRaDLoaderMixin:
             raise ValueError(f"Adapter name(s) {unknown} not in the list of present adapters: {sorted(known)}.")
 
     def _lorad_component(self) -> str:
-        if self.lorad_component is not None:
-            return self.lorad_component
-        for name in ("unet", "transformer"):
-            if isinstance(getattr(self, name, None), torch.nn.Module):
-                return name
-        raise ValueError(
-            f"this {type(self).__name__} has neither a unet nor a transformer to adapt; name the component in "
-            "lorad_component"
-        )
+        return next((name for name, _ in self._denoisers()), self.lorad_component or "unet")
 
     def _lorad_model(self) -> torch.nn.Module:
-        return getattr(self, self._lorad_component())
+        model = self._present_model()
+        if model is None:
+            lacks = f"no {self.lorad_component}" if self.lorad_component else "neither a unet nor a transformer"
+            raise ValueError(
+                f"this {type(self).__name__} has {lacks} to adapt; build it with one, or name the component in "
+                "lorad_component"
+            )
+        return model
+
+    def _present_model(self) -> torch.nn.Module | None:
+        """The model that takes LoRaD adapters, or None in a pipeline of other parts (the text encoder alone, say)."""
+        return next((model for _, model in self._denoisers()), None)
+
+    def _denoisers(self) -> Iterator[tuple[str, torch.nn.Module]]:
+        for name in [self.lorad_component] if self.lorad_component else ["unet", "transformer"]:
+            if isinstance(model := getattr(self, name, None), torch.nn.Module):
+                yield name, model
+
+    def _lorad_layers(self) -> list[LoRaDLayer]:
+        model = self._present_model()
+        return [] if model is None else list(lorad_layers(model))
 
     def _models(self) -> list[torch.nn.Module]:
         return [model for model in self.components.values() if isinstance(model, torch.nn.Module)]

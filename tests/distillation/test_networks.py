@@ -37,7 +37,7 @@ def test_fake_does_not_act_where_it_has_no_adapter():
     for parameter in networks.student_parameters():
         parameter.data.add_(1.0)
     assert torch.equal(outputs(networks)[1], fake)
-    assert set(networks.adapter_state("fake")) < set(networks.adapter_state("student"))
+    assert set(networks.role_state("fake")) < set(networks.role_state("student"))
 
 
 def test_both_adapters_train_and_nothing_else():
@@ -87,13 +87,13 @@ def test_compiled_network_follows_the_roles():
 def test_state_goes_back_in_place_or_not_at_all():
     networks, other = make_networks(), make_networks(size=0)
     before, identities = outputs(networks)[0], [id(p) for p in other.student_parameters()]
-    state = {name: value.detach().clone() for name, value in networks.adapter_state("student").items()}
-    other.load_adapter_state("student", state)
+    state = {name: value.detach().clone() for name, value in networks.role_state("student").items()}
+    other.load_role_state("student", state)
     assert torch.equal(outputs(other)[0], before) and identities == [id(p) for p in other.student_parameters()]
     name = next(iter(state))
     for damage in ({name: state[name][:1]}, {"elsewhere.lorad_A": state[name]}):
         with pytest.raises(ValueError, match="1 of .* tensors do not fit the student"):
-            networks.load_adapter_state("student", {k: torch.zeros_like(v) for k, v in state.items()} | damage)
+            networks.load_role_state("student", {k: torch.zeros_like(v) for k, v in state.items()} | damage)
     assert torch.equal(outputs(networks)[0], before)
 
 

@@ -32,7 +32,7 @@ def quiet(monkeypatch):
 def said(monkeypatch):
     """The warnings that the pipeline logs."""
     messages = []
-    logger = logging.get_logger("diffusers_wadi.pipelines.pipeline_wadi")
+    logger = logging.get_logger("diffusers_wadi.pipelines._one_step")
     monkeypatch.setattr(logger, "warning", messages.append)
     return messages
 
@@ -129,6 +129,21 @@ def test_bad_scheduler_put_in_later_is_refused(pipe):
     draw(pipe)
 
 
+def test_bad_scheduler_of_a_fused_model_is_refused_but_of_any_other_only_warned_of(pipe, base_folder, said):
+    pipe.fuse_lorad()
+    pipe.unload_lorad_weights()
+    loaded = WaDiPipeline.from_pretrained(base_folder)
+    for one_step in (pipe, loaded, WaDiPipeline.from_pipe(loaded)):
+        one_step.scheduler = LEADING
+        with pytest.raises(ValueError, match="one_step_scheduler"):
+            draw(one_step)
+    stock = StableDiffusionPipeline(**pipe.components, requires_safety_checker=False)
+    by_hand = WaDiPipeline(**pipe.components, requires_safety_checker=False)
+    for _ in range(2):
+        assert np.array_equal(draw(by_hand), stock_draw(stock))
+    assert len(said) == 1 and "would feed [1]" in said[0]
+
+
 @pytest.mark.parametrize("size", [{"height": 60, "width": 64}, {"height": 64, "width": 60}])
 def test_size_is_checked_before_work(pipe, monkeypatch, size):
     monkeypatch.setattr(pipe, "encode_prompt", lambda *args, **kwargs: pytest.fail("worked before checking"))
@@ -157,7 +172,7 @@ def test_step_arithmetic_is_float32(components, dtype, error):
 
     original = pipe.scheduler
     outside = error_of_step()
-    with pipe._float32_step(True):
+    with pipe._ready(1, None, 1.0, False):
         inside = error_of_step()
     print(f"{dtype}: stock {outside:.4f}, float32 step {inside:.4f}")
     assert inside < error and inside < 0.85 * outside
@@ -248,10 +263,26 @@ def test_unfit_scheduler_is_repaired_at_load(base_folder, tmp_path, scheduler, s
     assert len(said) == 1 and type(scheduler).__name__ in said[0]
 
 
-def test_base_that_does_not_predict_epsilon_is_refused(base_folder):
-    scheduler = DDIMScheduler(**SD_BETAS | {"prediction_type": "v_prediction"}, clip_sample=False)
-    with pytest.raises(ValueError, match="v_prediction"):
+def test_base_that_predicts_neither_epsilon_nor_v_is_refused(base_folder):
+    scheduler = DDIMScheduler(**SD_BETAS | {"prediction_type": "sample"}, clip_sample=False)
+    with pytest.raises(ValueError, match="prediction_type='sample'.* one of epsilon, v_prediction"):
         WaDiPipeline.from_pretrained(base_folder, scheduler=scheduler)
+
+
+def test_a_base_that_predicts_v(base_folder, tmp_path):
+    """x0 = alpha z - sigma v, and nothing of the prediction type is lost by the repair or in the saved folder."""
+    unfit = DDIMScheduler(**SD_BETAS | {"prediction_type": "v_prediction"}, clip_sample=False)
+    pipe = WaDiPipeline.from_pretrained(base_folder, scheduler=unfit)
+    z = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        v = pipe.unet(z, 999, pipe.encode_prompt("red", "cpu", 1, False)[0]).sample
+    alpha_bar = pipe.scheduler.alphas_cumprod[999]
+    drawn = pipe("red", latents=z, output_type="latent").images
+    torch.testing.assert_close(drawn, alpha_bar.sqrt() * z - (1 - alpha_bar).sqrt() * v, rtol=1e-5, atol=1e-5)
+    pipe.save_pretrained(tmp_path)
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path)
+    options = {"num_inference_steps": 1, "guidance_scale": 0.0, "latents": z, "output_type": "latent"}
+    assert torch.equal(stock("red", **options).images, drawn)
 
 
 def test_hub_names(adapter_folder, monkeypatch):

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from conftest import SD_BETAS, TARGETS, add_random_adapter
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
@@ -137,6 +137,31 @@ def test_the_scheduler_beside_an_adapter_is_used(adapter):
         WaDiPipeline.from_pretrained(adapter)
 
 
+@pytest.mark.parametrize("kind", ["complete", "adapter"])
+def test_calls_of_several_steps_keep_the_checkpoint_s_own_scheduler(base, adapter, kind, tmp_path):
+    """One step takes ours; with more the pipeline is the stock one, and the saved model the one-step one."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(base)}))
+    index = json.loads((base / "model_index.json").read_text()) | {"scheduler": ["diffusers", "PNDMScheduler"]}
+    (base / "model_index.json").write_text(json.dumps(index))
+    PNDMScheduler(**SD_BETAS, skip_prk_steps=True).save_pretrained(base / "scheduler")
+    if kind == "adapter":
+        one_step_scheduler(SD_BETAS, 0.0047).save_pretrained(adapter / "scheduler")
+    pipe = WaDiPipeline.from_pretrained(base if kind == "complete" else adapter)
+    ours, teacher = pipe.scheduler, StableDiffusionPipeline.from_pretrained(base)
+    pipe.disable_lora()
+    several = {"num_inference_steps": 4, "guidance_scale": 3.0}
+    expected = latents(teacher, **several)
+    assert torch.equal(latents(pipe, **several), expected)
+    assert torch.equal(latents(WaDiPipeline.from_pipe(pipe), **several), expected) and pipe.scheduler is ours
+    pipe.enable_lora()
+    latents(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    assert type(StableDiffusionPipeline.from_pretrained(tmp_path / "saved").scheduler) is DDIMScheduler
+    pipe.scheduler = one_step_scheduler(SD_BETAS)  # chosen by hand: now that is the pipeline's
+    assert not torch.equal(latents(pipe, **several), expected)
+
+
 # -------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -158,3 +183,50 @@ def test_saved_pixels_with_a_lora_beside(components, tmp_path, lora_first):
     torch.testing.assert_close(saved, live, rtol=1e-4, atol=1e-3)
     unet.set_adapters(["student"])
     assert (latents(pipe) - live).abs().max() > 0.1
+
+
+def test_a_lora_on_the_text_encoder_stays_one_in_the_saved_folder(components, base, tmp_path):
+    """As in stock pipelines; transformers loads the encoder's weights from where they came."""
+    pipe = WaDiPipeline.from_pretrained(base)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain = latents(pipe)
+    pipe.text_encoder.add_adapter(lora)
+    expected = latents(pipe)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = WaDiPipeline.from_pretrained(tmp_path / "saved")
+    assert torch.equal(latents(again), expected) and (expected - plain).abs().max() > 1e-3
+    rewrite(base / "text_encoder" / "model.safetensors", drop_weight)
+    with pytest.raises(OSError, match="text_encoder.* lacks 1 tensors, first .*weight. Copy"):
+        WaDiPipeline.from_pretrained(tmp_path / "saved")
+
+
+def test_a_pipeline_of_the_text_encoder_alone(components):
+    """Stock pipelines manage its adapters without a UNet; what needs one says so."""
+    parts = {name: part if "text" in name or "token" in name else None for name, part in components.items()}
+    pipe = WaDiPipeline(**parts | {"requires_safety_checker": False})
+    pipe.text_encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]), "x")
+    assert pipe.get_list_adapters() == {"text_encoder": ["x"]} and pipe.is_one_step
+    pipe.set_adapters("x", 0.5)
+    pipe.disable_lora()
+    pipe.enable_lora()
+    pipe.to(torch.float16)
+    with pytest.raises(ValueError, match="has no unet to adapt"):
+        pipe.fuse_lorad()
+    pipe.unload_lora_weights()
+    assert pipe.get_list_adapters() == {} and pipe.get_active_adapters() == []
+
+
+def test_stock_bookkeeping_knows_of_fused_lorads(components):
+    add_random_adapter(components["unet"])
+    pipe = WaDiPipeline(**components)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=TARGETS), "lora")
+    pipe.unet.set_adapters(["student", "lora"])
+    pipe.fuse_lorad()
+    assert pipe.fused_loras == {"student"} and pipe.num_fused_loras == 1
+    pipe.fuse_lora(components=["unet"], adapter_names=["lora"])
+    assert pipe.fused_loras == {"student", "lora"}
+    pipe.unfuse_lorad()
+    assert pipe.fused_loras == {"lora"}
+    pipe.unfuse_lora(components=["unet"])
+    assert pipe.num_fused_loras == 0

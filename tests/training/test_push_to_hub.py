@@ -65,7 +65,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_start(parse, hub):
 def test_the_token_is_not_told_to_trackers(parse, hub, monkeypatch):
     told = {}
     trainer = WaDiTrainer(parse("--hub_token", WRITE, "--base_model_name_or_path", "org/teacher"))
-    trainer.args.report_to = "tracker"
+    trainer.accelerator.log_with = ["tracker"]
     monkeypatch.setattr(trainer.accelerator, "init_trackers", lambda name, config: told.update(config))
     trainer._announce()
     assert told["hub_model_id"] == "None" and WRITE not in told.values()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from wadi_script import SCRIPT, train_wadi
 
-from diffusers_wadi.distillation import publishing, steps, trainer
+from diffusers_wadi import distillation
 
 
 @pytest.fixture
@@ -30,7 +30,8 @@ BAD_FLAGS = {
     "--warmup_regression_steps -1": "warmup_regression_steps is -1, expected at least 0",
     "--regression_weight -1": "regression_weight is -1.0, expected at least 0",
     "--shapes_captions 5": "exactly one of",
-    "--report_to nosuchtracker": "not installed",
+    "--report_to tensorboard,nosuchtracker": "names 'nosuchtracker', expected none, all or some of",
+    "--report_to dvclive": "that package is not installed",
     "--init_student nowhere": "does not exist",
 }
 
@@ -87,9 +88,8 @@ def test_every_flag_is_explained_and_used(parse, capsys):
     with pytest.raises(SystemExit):
         train_wadi.parse_args(["--help"])
     shown = capsys.readouterr().out
-    sources = (
-        "".join(Path(module.__file__).read_text() for module in (publishing, steps, trainer)) + SCRIPT.read_text()
-    )
+    package = Path(distillation.__file__).parent
+    sources = "".join(path.read_text() for path in [*package.glob("*.py"), SCRIPT])
     for name in vars(parse()):
         assert f"--{name}" in shown and f"args.{name}" in sources, name
 

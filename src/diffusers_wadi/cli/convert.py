@@ -120,7 +120,9 @@ def _export(args: argparse.Namespace) -> None:
         if Path(args.output).suffix != ".safetensors":
             raise ValueError(f"cannot write {args.output!r}: expected a file ending in .safetensors, or --lora")
         _check_output(args.output)
-    pipe = _load(args)
+    from diffusers_wadi.pipelines import WaDiPipeline
+
+    pipe = _load(args, WaDiPipeline)  # the one whose files other programs read
     path = _export_lora(pipe, args) if args.lora else _export_checkpoint(pipe, args)
     print(f"wrote {path} in {time.perf_counter() - start:.1f} s")
     if not args.lora:
@@ -151,15 +153,17 @@ def _export_lora(pipe: Any, args: argparse.Namespace) -> Path:
     return lora.save(folder, name, _dtype(args.dtype), args.layout or "diffusers")
 
 
-def _load(args: argparse.Namespace) -> Any:
+def _load(args: argparse.Namespace, pipeline_class: type | None = None) -> Any:
+    """`pipeline_class` None: the one that fits the files."""
     import torch
 
-    from diffusers_wadi.pipelines import WaDiPipeline
+    from diffusers_wadi.pipelines import one_step_pipeline_class
 
     quiet_libraries()
+    source = {"base_model": args.base_model, "weight_name": args.weight_name, "subfolder": args.subfolder}
+    cls = pipeline_class or one_step_pipeline_class(args.model, **source)
     # In float32 whatever is written: the weights are rounded once, after the rotation.
-    options = {"base_model": args.base_model, "weight_name": args.weight_name, "subfolder": args.subfolder}
-    return WaDiPipeline.from_pretrained(args.model, dtype=torch.float32, **options)
+    return cls.from_pretrained(args.model, dtype=torch.float32, **source)
 
 
 def _fuse_in_place(pipe: Any, args: argparse.Namespace) -> None:
@@ -183,7 +187,7 @@ def _cast(pipe: Any, dtype: Any) -> None:
 def _adapters(pipe: Any) -> list[str]:
     from diffusers_wadi.loaders import lorad_adapter_names
 
-    return lorad_adapter_names(pipe.unet)
+    return lorad_adapter_names(getattr(pipe, pipe.lorad_component))
 
 
 def _need_rank(args: argparse.Namespace) -> None:

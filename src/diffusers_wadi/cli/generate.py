@@ -86,14 +86,15 @@ def _load(args: argparse.Namespace) -> tuple[Any, str]:
     start = time.perf_counter()
     import torch
 
-    from diffusers_wadi.pipelines import WaDiPipeline
+    from diffusers_wadi.pipelines import one_step_pipeline_class
     from diffusers_wadi.shapes import bundled_checkpoint
 
     quiet_libraries()
     device = torch_device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "float16"))
     model = args.model or str(bundled_checkpoint())
-    pipe = WaDiPipeline.from_pretrained(model, base_model=args.base_model, dtype=dtype).to(device)
+    cls = one_step_pipeline_class(model, base_model=args.base_model)
+    pipe = cls.from_pretrained(model, base_model=args.base_model, dtype=dtype).to(device)
     pipe.set_progress_bar_config(disable=True)
     name = args.model or "the bundled checkpoint"
     took = time.perf_counter() - start

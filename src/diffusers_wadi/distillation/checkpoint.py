@@ -1,8 +1,8 @@
 """Checkpoints of a distillation run: whole or absent, and enough to go on bit for bit.
 
-``checkpoint-<step>/`` holds ``student/`` and ``fake/`` (native adapter folders, loadable by themselves),
-``student_ema/`` where an average is kept, and ``training_state.pt``: optimisers, schedules, average, data order, step
-and the random states of every process.
+``checkpoint-<step>/`` holds ``student/`` and ``fake/`` (LoRaD as native adapter folders, loadable by themselves),
+``student_ema/`` where an average is kept, ``settings.json`` with the flags of the run, and ``training_state.pt``:
+optimisers, schedules, average, data order, step and the random states of every process.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from .._adapter_files import LORAD_WEIGHT_NAME, read_lorad_file
+from ..loaders import save_lorad_adapter
 from .networks import FAKE, STUDENT, WaDiNetworks
 
 _NAME = re.compile(r"checkpoint-(\d+)")
+_TEMPORARY = re.compile(r"\.[\w-]+-[a-z0-9_]{8}\.(safetensors|json|png|bin)")  # as `written_beside` names them
 STATE_FILE = "training_state.pt"
+ROLE_FILE = "role.safetensors"
+# A full disk, as Python, `torch.save` and safetensors report it.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def checkpoint_step(folder: str | Path) -> int | None:
@@ -63,37 +71,108 @@ def find_checkpoint(output_dir: str | Path, wanted: str) -> Path | None:
 
 
 def write_folder(folder: str | Path, write: Callable[[Path], None]) -> None:
-    """Let ``write`` fill a sibling of ``folder``, flush it to disk and rename it: ``folder`` is whole or absent."""
+    """Let ``write`` fill a sibling of ``folder``, flush it to disk and rename it: ``folder`` is whole or absent.
+
+    A folder that is there already is moved aside first and removed at the end; if the process dies in between,
+    :func:`clean_up` moves it back.
+
+    Raises:
+        OSError: the disk is full or refuses; nothing is left behind, and other checkpoints are as they were.
+    """
     folder = Path(folder)
-    partial, replaced = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.replaced")
+    partial, replaced = (_hidden(folder, state) for state in ("partial", "replaced"))
     for leftover in (partial, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         write(partial)
         _flush(partial)
+    except WRITE_ERRORS as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(_not_written(folder, error)) from error
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     if folder.exists():  # a non-empty folder cannot be renamed onto
         folder.rename(replaced)
     partial.rename(folder)
+    _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
+def _hidden(folder: Path, state: str) -> Path:
+    return folder.with_name(f".{folder.name}.{state}")
+
+
+def _not_written(folder: Path, error: Exception) -> str:
+    free = shutil.disk_usage(folder.parent).free / 1e9
+    whole = list_checkpoints(folder.parent)
+    left = (
+        f"{whole[-1].name} is whole: then go on with --resume_from_checkpoint latest" if whole else "None is there yet"
+    )
+    return (
+        f"{folder} could not be written ({error}); {free:.2f} GB are free there. Make room, for instance with a lower "
+        f"--checkpoints_total_limit. {left}."
+    )
+
+
+def clean_up(output_dir: str | Path) -> None:
+    """Undo what a killed process left half done in ``output_dir``: replaced checkpoints come back, the rest goes.
+
+    Nobody else may be writing there; with several processes the main one calls it.
+    """
+    for path in Path(output_dir).glob(".checkpoint-*"):
+        name, _, state = path.name[1:].rpartition(".")
+        if checkpoint_step(name) is None or state not in ("partial", "replaced", "removed"):
+            continue
+        if state == "replaced" and not path.with_name(name).exists():
+            path.rename(path.with_name(name))
+        else:
+            shutil.rmtree(path)
+    for folder in (Path(output_dir), Path(output_dir, "samples")):
+        for path in folder.glob(".*"):
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink()
+
+
+def save_role(networks: WaDiNetworks, role: str, folder: Path, base: str) -> None:
+    """Write what ``role`` trains, exactly: LoRaD as an adapter folder that names ``base``, others as plain tensors."""
+    state, model = networks.role_state(role), networks.network(role)
+    if all(name.endswith((".lorad_A", ".lorad_B")) for name in state):
+        component = "unet" if isinstance(model, UNet2DConditionModel) else "transformer"
+        save_lorad_adapter(model, folder, role, component, base_model_name_or_path=base)
+        return
+    folder.mkdir(parents=True)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in state.items()}
+    save_file(tensors, folder / ROLE_FILE, metadata={"format": "pt"})
+
+
+def load_role(networks: WaDiNetworks, role: str, folder: Path) -> None:
+    """Read what :func:`save_role` wrote into the parameters of ``role``.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if (folder / LORAD_WEIGHT_NAME).is_file():
+        state, _ = read_lorad_file(folder / LORAD_WEIGHT_NAME)
+        state = {name.removeprefix("unet.").removeprefix("transformer."): t for name, t in state.items()}
+    else:
+        state = load_file(folder / ROLE_FILE)
+    networks.load_role_state(role, state)
+
+
 def load_checkpoint(folder: Path, networks: WaDiNetworks, parts: dict[str, Any]) -> dict[str, Any]:
-    """Load the adapters and ``parts`` out of ``folder``.
+    """Load both roles and ``parts`` out of ``folder``.
 
     Returns:
         The content of ``training_state.pt``, on the CPU: ``parts`` and, one per process, ``randoms``.
 
     Raises:
-        ValueError: the adapters do not fit ``networks``, or see :func:`restore_state`.
+        ValueError: the roles do not fit ``networks``, or see :func:`restore_state`.
     """
     saved = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     for role in (STUDENT, FAKE):
-        state, _ = read_lorad_file(folder / role / LORAD_WEIGHT_NAME)
-        networks.load_adapter_state(role, {name.removeprefix("unet."): t for name, t in state.items()})
+        load_role(networks, role, folder / role)
     restore_state(parts, saved["parts"])
     return saved
 
@@ -108,11 +187,15 @@ def lasting_name(pipeline: str) -> str:
 
 def _flush(folder: Path) -> None:
     for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_old_checkpoints(output_dir: str | Path, total_limit: int | None) -> None:
@@ -121,7 +204,25 @@ def remove_old_checkpoints(output_dir: str | Path, total_limit: int | None) -> N
         return
     folders = list_checkpoints(output_dir)
     for folder in folders[: max(0, len(folders) - total_limit)]:
-        shutil.rmtree(folder)
+        removed = _hidden(folder, "removed")
+        shutil.rmtree(removed, ignore_errors=True)
+        folder.rename(removed)  # out of sight in one move, so that no half of it is ever taken for a checkpoint
+        shutil.rmtree(removed)
+
+
+def set_aside_later(output_dir: str | Path, step: int) -> list[Path]:
+    """Rename checkpoints beyond ``step`` to ``abandoned-checkpoint-<step>``, and return where they are now.
+
+    They belong to a run that was resumed from an earlier point and now goes another way: "latest" must not find
+    them. Abandoned ones of the same step are replaced.
+    """
+    moved = []
+    for folder in list_checkpoints(output_dir):
+        if checkpoint_step(folder) > step:
+            target = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(folder.rename(target))
+    return moved
 
 
 def random_states() -> dict[str, Any]:

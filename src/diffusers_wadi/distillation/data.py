@@ -1,132 +1,62 @@
-"""Prompts: reading, encoding once, and an order that can be resumed. Score distillation needs no images."""
+"""Prompts in training: their embeddings, and an order that can be resumed. Score distillation needs no images."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Encode = Callable[[Sequence[str]], Tensor]
-
-
-def clean_prompts(prompts: Sequence[str]) -> list[str]:
-    """Stripped, without empty and repeated ones, first occurrence first."""
-    return list(dict.fromkeys(stripped for prompt in prompts if (stripped := prompt.strip())))
-
-
-def read_prompts(path: str | Path) -> list[str]:
-    """Prompts of a ``.txt`` (one per line) or ``.json`` (a list of strings) file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: another suffix, not a list of strings, or no prompt in it.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Prompt file {str(path)!r} does not exist.")
-    if path.suffix not in (".txt", ".json"):
-        raise ValueError(f"Prompt file {str(path)!r} ends in {path.suffix!r}, expected .txt (one per line) or .json.")
-    text = path.read_text(encoding="utf-8")
-    prompts = _json_prompts(path, text) if path.suffix == ".json" else text.splitlines()
-    cleaned = clean_prompts(prompts)
-    if not cleaned:
-        raise ValueError(f"Prompt file {str(path)!r} holds no prompt: write one per line.")
-    return cleaned
-
-
-def _json_prompts(path: Path, text: str) -> list[str]:
-    try:
-        prompts = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"Prompt file {str(path)!r} is not valid JSON: {error}. Expected a list of strings."
-        ) from error
-    if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"Prompt file {str(path)!r} holds {type(prompts).__name__}, expected a list of strings.")
-    return prompts
-
-
-def clip_encoder(tokenizer, text_encoder) -> Encode:
-    """Prompts -> (B, L, D) last hidden states, as Stable Diffusion's inference computes them.
-
-    No attention mask is passed: stock pipelines pass none, so with one (as in the authors' release) the student
-    would see other padding embeddings in training than in use.
-    """
-
-    @torch.no_grad()
-    def encode(prompts: Sequence[str]) -> Tensor:
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return text_encoder(tokens.input_ids.to(text_encoder.device))[0]
-
-    return encode
+from .text_cache import TextCache
+from .text_encoders import TextEncoder
+from .transfer import sent
 
 
 class PromptEmbeddings:
-    """Text embeddings of the training prompts: encoded once into one CPU tensor, or at each use if there are many.
+    """Text embeddings of the training prompts: encoded at each use, in one batch, or read from a cache.
 
     Args:
-        prompts: the training prompts.
-        encode: see :func:`clip_encoder`.
-        max_cached: with more prompts than this nothing is cached. One SD 1.5 prompt takes 236 kB in float32, one of
-            Shapes World (24 x 128) 12 kB.
-        batch_size: of the encoding.
-        dtype: of the cache; float16 halves it.
+        prompts: the training prompts, e.g. a :class:`~diffusers_wadi.distillation.prompt_store.PromptStore`.
+        encoder: with a ``cache`` it is asked for the empty prompt only, and not kept.
+        cache: of the embeddings of ``prompts``, in their order.
         device: where :meth:`at` puts what it returns.
     """
 
     def __init__(
         self,
         prompts: Sequence[str],
-        encode: Encode,
-        max_cached: int = 20_000,
-        batch_size: int = 64,
-        dtype: torch.dtype = torch.float32,
+        encoder: TextEncoder,
+        cache: TextCache | None = None,
         device: str | torch.device = "cpu",
     ):
-        self.prompts = list(prompts)
+        self.prompts = prompts
         self.device = torch.device(device)
-        self.empty = encode([""]).float().to(self.device)  # (1, L, D)
-        self._encode = encode
-        self._cache: Tensor | None = None
-        if len(self.prompts) <= max_cached:
-            self._cache = self._fill(batch_size, dtype)
-            self._encode = None  # lets the text encoder go
-
-    def _fill(self, batch_size: int, dtype: torch.dtype) -> Tensor:
-        cache = torch.empty(len(self.prompts), *self.empty.shape[1:], dtype=dtype)
-        for start in range(0, len(self.prompts), batch_size):
-            cache[start : start + batch_size] = self._encode(self.prompts[start : start + batch_size])
-        return cache
+        self.empty = encoder([""]).float().to(self.device)  # (1, L, D)
+        self._cache = cache
+        self._encoder = encoder if cache is None else None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     @property
     def cached(self) -> bool:
-        """Whether the embeddings are in memory."""
+        """Whether the embeddings are read from a cache."""
         return self._cache is not None
 
     def at(self, indices: Tensor) -> Tensor:
         """(B, L, D) float32 embeddings of the prompts ``indices`` (B,)."""
         if self._cache is not None:
-            return self._cache[indices].to(self.device, torch.float32)
-        return self._encode([self.prompts[i] for i in indices.tolist()]).to(self.device, torch.float32)
+            return sent(self._cache.at(indices), self.device).float()
+        return self._encoder([self.prompts[i] for i in indices.tolist()]).to(self.device, torch.float32)
 
 
 class PromptOrder:
     """An endless shuffled order over ``size`` items, a new permutation each epoch, resumable at any batch.
 
-    The order is a function of ``seed`` alone, so the state is two numbers. Batches run over the end of an epoch:
-    no item is ever left out. Of every global batch, process ``rank`` of ``world_size`` takes its part.
+    The order is a function of ``seed`` and ``size`` alone, and processes cut their parts out of one global batch: the
+    k-th update sees the same items as a set from 1 process with batch 8, from 2 with batch 4 and from 1 with batch 4 and
+    accumulation 2, in this order by rank or by accumulated batch. So the state is two numbers, and a run may be resumed
+    with another number of processes. Batches run over the end of an epoch: no item is ever left out.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1):
@@ -174,16 +104,3 @@ class PromptOrder:
                 )
         self.epoch, self.position = state["epoch"], state["position"]
         self._permutation = self._shuffle(self.epoch)
-
-
-def drop_prompts(text: Tensor, empty: Tensor, probability: float, per: str, generator: torch.Generator) -> Tensor:
-    """Replace captions by the empty prompt with ``probability``, so that the fake learns its unconditional score.
-
-    Args:
-        text, empty: (B, L, D) and (1, L, D).
-        per: ``"batch"``: all of the batch or nothing (authors' release); ``"sample"``: each by itself.
-        generator: on the CPU; one draw is taken whatever happens, so that streams stay aligned.
-    """
-    draws = torch.rand(text.shape[0] if per == "sample" else 1, generator=generator)
-    dropped = (draws < probability).to(text.device).view(-1, 1, 1)
-    return torch.where(dropped, empty, text)

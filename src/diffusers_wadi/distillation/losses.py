@@ -12,7 +12,7 @@ divided by alpha_T = 0.068, which multiplies every rounding error by 14.6.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 Logs = dict[str, Tensor]
 
 SCORE_WEIGHTINGS = ("sigma2", "dmd2")
-FAKE_WEIGHTINGS = ("alpha2", "none")
+FAKE_WEIGHTINGS = ("alpha2", "none", "sum")
 REGRESSION_LOSSES = ("mse", "huber")
 
 
@@ -32,13 +32,15 @@ class NoiseSchedule:
 
     Attributes:
         alphas, sigmas: (T,) float32.
-        terminal_alpha, terminal_sigma: at t = T - 1, for the student only.
+        terminal_alpha, terminal_sigma: at the student's timestep, for the student only.
+        start: the student's timestep; ``None``: T - 1.
     """
 
     alphas: Tensor
     sigmas: Tensor
     terminal_alpha: float
     terminal_sigma: float
+    start: int | None = None
 
     @classmethod
     def from_scheduler(
@@ -47,21 +49,16 @@ class NoiseSchedule:
         """Read the tables of a diffusers scheduler.
 
         Args:
-            scheduler: anything with ``alphas_cumprod`` and ``config.prediction_type``.
+            scheduler: anything with ``alphas_cumprod``. What its network predicts does not matter here: a ``Predict``
+                is an epsilon prediction (:meth:`~diffusers_wadi.distillation.backbones.Backbone.eps` converts v).
             terminal_alpha_cumprod: alpha_bar of the student's step; ``None`` takes the schedule's own (0.00466 for
                 Stable Diffusion), so that the student runs unchanged in stock pipelines. The authors' release
                 hard-codes 0.0047.
             device: where the tables live.
 
         Raises:
-            ValueError: not epsilon-prediction, or no signal left at t = T - 1.
+            ValueError: no signal left at t = T - 1.
         """
-        kind = scheduler.config.prediction_type
-        if kind != "epsilon":
-            raise ValueError(
-                f"The teacher predicts {kind!r}, but the losses are written for 'epsilon' (Stable Diffusion 1.5, "
-                "2.1-base, PixArt-alpha). Use an epsilon-prediction teacher."
-            )
         alphas_cumprod = scheduler.alphas_cumprod.double()
         terminal = float(alphas_cumprod[-1]) if terminal_alpha_cumprod is None else terminal_alpha_cumprod
         if not 0.0 < terminal < 1.0:
@@ -77,6 +74,19 @@ class NoiseSchedule:
         """T."""
         return self.alphas.numel()
 
+    def starting_at(self, t_init: int) -> NoiseSchedule:
+        """The same with the student at timestep ``t_init`` in place of T - 1 (SiD-LSG: 625), at the schedule's own values.
+
+        Raises:
+            ValueError: no timestep of the schedule.
+        """
+        if not 0 < t_init < self.num_timesteps:
+            raise ValueError(f"t_init is {t_init}, expected a timestep from 1 to {self.num_timesteps - 1}.")
+        if t_init == self.num_timesteps - 1:
+            return self
+        ends = float(self.alphas[t_init]), float(self.sigmas[t_init])
+        return replace(self, terminal_alpha=ends[0], terminal_sigma=ends[1], start=t_init)
+
     def at(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t of timesteps ``t`` (B,), each (B, 1, 1, 1)."""
         return self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1)
@@ -88,19 +98,31 @@ class NoiseSchedule:
 
 
 def student_x0(student: Predict, noise: Tensor, text: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """The one-step image: x0 = (z - sigma_T eps(z, T - 1, c)) / alpha_T, float32 (SwiftBrush; authors' release)."""
-    t = torch.full((noise.shape[0],), schedule.num_timesteps - 1, dtype=torch.long, device=noise.device)
-    eps = _wide(student(noise, t, text))
-    return (noise - schedule.terminal_sigma * eps) / schedule.terminal_alpha
+    """The one-step image: x0 = (z - sigma_T eps(z, T - 1, c)) / alpha_T, float32 (SwiftBrush; authors' release).
+
+    From a schedule that starts elsewhere, x0 = (x - sigma eps(x, t, c)) / alpha with x = sigma z: noise added to an
+    empty image (SiD-LSG). At T - 1, where sigma is 0.998, SwiftBrush and DMD2 leave z as it is.
+    """
+    last = schedule.num_timesteps - 1
+    x = noise if schedule.start is None else schedule.terminal_sigma * noise
+    start = last if schedule.start is None else schedule.start
+    t = torch.full((noise.shape[0],), start, dtype=torch.long, device=noise.device)
+    eps = _wide(student(x, t, text))
+    return (x - schedule.terminal_sigma * eps) / schedule.terminal_alpha
 
 
-def guided_prediction(predict: Predict, x_t: Tensor, t: Tensor, text: Tensor, empty: Tensor, scale: float) -> Tensor:
+def guided_prediction(
+    predict: Predict, x_t: Tensor, t: Tensor, text: Tensor, empty: Tensor, scale: float | Tensor
+) -> Tensor:
     """Classifier-free guidance eps_0 + scale (eps_c - eps_0) in one batched call; at scale 1 only eps_c is computed.
 
     Args:
         text, empty: (B, L, D) and (1, L, D) embeddings of the captions and of the empty prompt.
+        scale: one for all, or (B,), one for each sample.
     """
-    if scale == 1.0:
+    if isinstance(scale, Tensor):
+        scale = scale.to(x_t).view(-1, 1, 1, 1)
+    elif scale == 1.0:
         return _wide(predict(x_t, t, text))
     texts = torch.cat([empty.expand_as(text), text])
     both = _wide(predict(torch.cat([x_t, x_t]), torch.cat([t, t]), texts))
@@ -138,16 +160,19 @@ def vsd_loss(
     schedule: NoiseSchedule,
     t: Tensor,
     noise: Tensor,
-    guidance_scale: float = 1.5,
-    fake_guidance_scale: float | None = None,
+    guidance_scale: float | Tensor = 1.5,
+    fake_guidance_scale: float | Tensor | None = None,
     weighting: str = "sigma2",
 ) -> tuple[Tensor, Logs]:
     """Variational score distillation: half the mean square to sg(x0 - g), whose gradient is g / numel.
 
+    WaDi's release and SwiftBrush (weighting ``"sigma2"``), PG-SB (the same with a (B,) of drawn guidance scales for both
+    scores), DMD2 without images (weighting ``"dmd2"``, fake unguided).
+
     Args:
         x0: (B, C, H, W), the student's output with its graph; no gradient goes through teacher or fake.
         t, noise: timesteps (B,) and noise (B, C, H, W) at which the two scores are compared.
-        guidance_scale: of the teacher; ``fake_guidance_scale`` (default ``None``: the same) of the fake.
+        guidance_scale: of the teacher, one or (B,); ``fake_guidance_scale`` (default ``None``: the same) of the fake.
         weighting: see :func:`vsd_gradient`.
     """
     fake_scale = guidance_scale if fake_guidance_scale is None else fake_guidance_scale
@@ -160,7 +185,46 @@ def vsd_loss(
     # float32 keeps only the first digits of a small score difference.
     loss = 0.5 * gradient.square().mean() + (gradient * (x0 - x0.detach())).mean()
     logs = {"vsd_loss": loss.detach(), "score_gap": (teacher_eps - fake_eps).abs().mean(), "x0_std": x0.detach().std()}
-    return loss, logs
+    return loss, logs | {"score_grad": gradient.square().mean().sqrt()}  # root mean square of the score's gradient
+
+
+def sid_loss(
+    x0: Tensor,
+    text: Tensor,
+    empty: Tensor,
+    teacher: Predict,
+    fake: Predict,
+    schedule: NoiseSchedule,
+    t: Tensor,
+    noise: Tensor,
+    guidance_scale: float | Tensor = 1.5,
+    fake_guidance_scale: float | Tensor | None = None,
+    sid_alpha: float = 1.0,
+) -> tuple[Tensor, Logs]:
+    """The generator's loss of SiD-LSG (score identity distillation with long-short guidance), summed per sample.
+
+    With f the clean images that teacher and fake see in x_t, both guided, it is
+    (f_teacher - f_fake) . ((f_teacher - x0) - sid_alpha (f_teacher - f_fake)) / max(mean|x0 - f_teacher|, 1e-5).
+    Gradients go through x0 and through the inputs of both networks; freeze the fake's weights around it.
+
+    Args:
+        x0, text, empty, t, noise: as in :func:`vsd_loss`.
+        guidance_scale: of the teacher (kappa 4); ``fake_guidance_scale`` (kappa 2 = kappa 3; default ``None``: the same).
+        sid_alpha: alpha of the paper; 1 leaves (f_teacher - f_fake) . (f_fake - x0).
+    """
+    fake_scale = guidance_scale if fake_guidance_scale is None else fake_guidance_scale
+    alpha, sigma = schedule.at(t)
+    x_t = schedule.add_noise(x0, noise, t)
+    teacher_eps = guided_prediction(teacher, x_t, t, text, empty, guidance_scale)
+    fake_eps = guided_prediction(fake, x_t, t, text, empty, fake_scale)
+    seen_teacher = (x_t - sigma * teacher_eps) / alpha
+    with torch.no_grad():
+        distance = (x0 - seen_teacher).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-5)
+    gap = sigma / alpha * (fake_eps - teacher_eps)  # seen_teacher - seen_fake, without its cancellation
+    terms = gap * ((seen_teacher - x0) - sid_alpha * gap) / distance
+    loss = terms.sum() / x0.shape[0]
+    logs = {"sid_loss": loss.detach(), "score_gap": (teacher_eps - fake_eps).detach().abs().mean()}
+    return loss, logs | {"x0_std": x0.detach().std()}
 
 
 def fake_score_loss(
@@ -171,20 +235,26 @@ def fake_score_loss(
     t: Tensor,
     noise: Tensor,
     weighting: str = "alpha2",
+    guidance_scale: float = 1.0,
+    empty: Tensor | None = None,
 ) -> tuple[Tensor, Logs]:
     """Denoising loss that makes the fake the score of the student's images, on detached ``x0``.
 
     Args:
         weighting: ``"alpha2"``: mean of (alpha_t eps - alpha_t noise)^2 (authors' release, SwiftBrush);
-            ``"none"``: the plain mean square (the paper's algorithm, DMD2).
+            ``"none"``: the plain mean square (the paper's algorithm, DMD2); ``"sum"``: the plain sum of squares of each
+            sample (SiD-LSG).
+        guidance_scale: of the prediction that is trained (SiD-LSG's kappa 1), with gradients through both halves.
+            Default 1.0: the captions' alone.
+        empty: (1, L, D), needed for another guidance scale.
     """
     if weighting not in FAKE_WEIGHTINGS:
         raise ValueError(f"fake loss weighting {weighting!r} is unknown, expected one of {FAKE_WEIGHTINGS}.")
     x_t = schedule.add_noise(x0.detach(), noise, t)
-    residual = _wide(fake(x_t, t, text)) - noise
+    residual = guided_prediction(fake, x_t, t, text, empty, guidance_scale) - noise
     if weighting == "alpha2":
         residual = schedule.at(t)[0] * residual
-    loss = residual.square().mean()
+    loss = residual.square().sum() / x0.shape[0] if weighting == "sum" else residual.square().mean()
     return loss, {"fake_loss": loss.detach()}
 
 

@@ -5,44 +5,35 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object, set_seed
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from torch import nn
-from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from ..loaders import load_lorad_adapter, save_lorad_adapter
-from ..lorad import LoRaDConfig, lorad_target_modules
-from ..schedulers import one_step_scheduler
-from . import checkpoint, data, losses, publishing, regression
+from ..loaders import load_lorad_adapter
+from . import checkpoint, exporting, losses, publishing, setup
+from .adapters import AdapterSpec, adapter_specs
+from .distributed import refuse_sharding
+from .monitoring import RunLog, tracker_names
 from .networks import FAKE, STUDENT, WaDiNetworks
-from .samples import latents_grid
+from .objectives import start_scheduler
+from .samples import GridPainter, save_grid, send_images
+from .settings import PROMPTS, check_settings, plain_settings, save_settings
+from .setup import DTYPES
 from .steps import WaDiSteps
+from .stopping import StopSignals
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def load_prompts(args: argparse.Namespace) -> list[str]:
-    """The training prompts, without repetitions."""
-    if args.shapes_captions is None:
-        return data.read_prompts(args.train_prompts)
-    from diffusers_wadi.shapes.captions import training_captions
-
-    return data.clean_prompts(training_captions(args.shapes_captions, args.seed))
-
-
-def lorad_config(unet: nn.Module, role: str, rank: int, convolutions: bool = False) -> LoRaDConfig:
-    """LoRaD of ``rank`` on the paper's layers for ``role``; with ``convolutions`` on its "Linear + Conv"."""
-    return LoRaDConfig(r=rank, target_modules=lorad_target_modules(unet, role=role, convolutions=convolutions))
+WAIT = timedelta(hours=12)
 
 
 class WaDiTrainer:
@@ -52,31 +43,40 @@ class WaDiTrainer:
         args: the flags of `training/train_wadi.py`, checked (its `parse_args`).
 
     Raises:
-        ValueError: the teacher is not an epsilon-prediction model, or a checkpoint does not fit the flags.
+        ValueError: a teacher of a kind that is not known here, prompts that cannot be read, or a checkpoint that does not
+            fit the flags.
         FileNotFoundError: the checkpoint to resume from is not there.
     """
 
     def __init__(self, args: argparse.Namespace):
+        refuse_sharding()
         self.args = args
         self.output_dir = Path(args.output_dir)
-        resumed = args.resume_from_checkpoint and checkpoint.find_checkpoint(
-            self.output_dir, args.resume_from_checkpoint
-        )
+        self.settings = plain_settings(args)  # before set-up fills in what depends on the teacher
         self.accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
+            log_with=tracker_names(args.report_to) or None,
             project_config=ProjectConfiguration(args.output_dir, str(self.output_dir / args.logging_dir)),
+            # The main process reads prompts and draws the teacher's samples while the others wait; NCCL's limit is 10 min.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
         )
         self.device = self.accelerator.device
+        resumed = self._find_checkpoint()
         if self.device.type == "mps" and args.mixed_precision == "bf16":
             raise ValueError("--mixed_precision bf16 does not work on MPS. Use fp16 or no.")
         if self.accelerator.is_main_process:
             publishing.prepare(args)
         set_seed(args.seed)  # the same on all processes, so that their adapters start equal
-        self._load_schedule()
+        self.backbone = setup.make_backbone(args, self.device)
+        self.schedule = setup.load_schedule(args, self.backbone)
+        if args.t_init is not None:
+            self.schedule = self.schedule.starting_at(args.t_init)
+        self.latent_shape = self.backbone.latent_shape(args.resolution)
         self._load_prompts()
         self._load_networks()
-        pairs = self._regression_pairs()
+        pairs = setup.regression_pairs(
+            args, self.accelerator, self.backbone, self.networks.teacher, self.embeddings, self.latent_shape
+        )
         self.warmup_steps = args.warmup_regression_steps + args.fake_warmup_steps
         self.total_steps = self.warmup_steps + self._vsd_steps()
         self.steps = WaDiSteps(
@@ -97,65 +97,56 @@ class WaDiTrainer:
 
     # --- set-up ---
 
-    def _from_teacher(self, component_class, subfolder: str, **kwargs):
-        teacher, revision = self.args.pretrained_teacher_model, self.args.revision
-        return component_class.from_pretrained(teacher, subfolder=subfolder, revision=revision, **kwargs)
-
-    def _model_from_teacher(self, model_class, subfolder: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        name = "dtype" if model_class is CLIPTextModel else "torch_dtype"  # transformers and diffusers differ
-        model = self._from_teacher(model_class, subfolder, variant=self.args.variant, **{name: dtype})
-        return model.requires_grad_(False).eval().to(self.device)
-
-    def _load_schedule(self) -> None:
-        args = self.args
-        scheduler = self._from_teacher(DDIMScheduler, "scheduler")
-        self.schedule = losses.NoiseSchedule.from_scheduler(scheduler, args.terminal_alpha_cumprod, self.device)
-        self.teacher_scheduler = one_step_scheduler(scheduler)
-        self.student_scheduler = one_step_scheduler(scheduler, terminal_alpha_cumprod=args.terminal_alpha_cumprod)
-        highest = self.schedule.num_timesteps - 1
-        if args.fake_max_timestep is None:
-            args.fake_max_timestep = highest
-        for name in ("max_timestep", "fake_min_timestep", "fake_max_timestep"):
-            if getattr(args, name) > highest:
-                raise ValueError(f"--{name} is {getattr(args, name)}, the teacher's schedule ends at {highest}.")
+    def _find_checkpoint(self) -> Path | None:
+        """The one to resume from, after what a killed run left half done is put in order."""
+        if self.accelerator.is_main_process:
+            checkpoint.clean_up(self.output_dir)
+        self.accelerator.wait_for_everyone()
+        wanted = self.args.resume_from_checkpoint
+        folder = checkpoint.find_checkpoint(self.output_dir, wanted) if wanted else None
+        if folder is not None:
+            changed = check_settings(folder, self.settings)
+            for name, (former, now) in changed.items():
+                logger.info("--%s is %s, %s when the checkpoint was written", name, now, former)
+        return folder
 
     def _load_prompts(self) -> None:
         args = self.args
-        prompts = load_prompts(args)
-        logger.info("%d prompts", len(prompts))
-        encoder = self._model_from_teacher(CLIPTextModel, "text_encoder")
-        encode = data.clip_encoder(self._from_teacher(CLIPTokenizer, "tokenizer"), encoder)
-        caching = (args.max_cached_prompts, args.text_batch_size, DTYPES[args.embedding_dtype])
-        self.embeddings = data.PromptEmbeddings(prompts, encode, *caching, self.device)
-        self.validation_prompts = args.validation_prompts or prompts[: args.num_validation_images]
-        self.validation_text = encode(self.validation_prompts).float()
+        self.embeddings, encode = setup.make_embeddings(args, self.accelerator, self.backbone)
+        self.settings[PROMPTS] = self.embeddings.prompts.digest
+        self.validation_prompts = args.validation_prompts or self.embeddings.prompts[: args.num_validation_images]
+        self._validation_text = encode(self.validation_prompts).float()
 
     def _load_networks(self) -> None:
         args = self.args
-        unet = self._model_from_teacher(UNet2DConditionModel, "unet", self._base_dtype())
-        self.vae = self._model_from_teacher(AutoencoderKL, "vae")
-        self.latent_shape = self._latent_shape(unet)
-        student = self._student_config(unet)
-        fake = lorad_config(unet, FAKE, args.fake_rank)
-        self.networks = WaDiNetworks(unet, student, fake, self.accelerator.autocast)
-        unet.to(self.device)
+        model = self.backbone.load_denoiser(setup.base_dtype(args, self.device))
         # On a CPU the backward of fused attention takes longer than all the rest of a small UNet.
         if args.attention == "plain" or (args.attention == "auto" and self.device.type == "cpu"):
-            unet.set_attn_processor(AttnProcessor())
+            model.set_attn_processor(AttnProcessor())
         if args.channels_last:
-            unet.to(memory_format=torch.channels_last)
+            model.to(memory_format=torch.channels_last)
+        student, fake = adapter_specs(args)
+        made_of = self._given_student(model, student), fake
+        self.networks = WaDiNetworks(model, *made_of, self.accelerator.autocast, self.backbone.eps)
         if args.gradient_checkpointing:
             self.networks.enable_gradient_checkpointing()
         if args.torch_compile:
             self.networks.compile()
 
-    def _student_config(self, unet: nn.Module) -> LoRaDConfig | None:
-        """Of a fresh student; ``None`` if ``--init_student`` has put one into ``unet``."""
+    @cached_property
+    def painter(self) -> GridPainter:
+        """Of sample grids; loads the VAE."""
+        args, student = self.args, self.networks.network(STUDENT)
+        made_of = (self.backbone, student, self.backbone.load_vae(), self._student_scheduler(), self._validation_text)
+        return GridPainter(*made_of, self.latent_shape, args.validation_seed, args.train_batch_size)
+
+    def _given_student(self, model: nn.Module, student: AdapterSpec) -> AdapterSpec | None:
+        """``student``; ``None`` if ``--init_student`` has put one into ``model``."""
         args = self.args
         if args.init_student is None:
-            return lorad_config(unet, STUDENT, args.student_rank, args.student_convolutions)
-        load_lorad_adapter(unet, args.init_student, adapter_name=STUDENT)
-        rank = unet.peft_config[STUDENT].r
+            return student
+        load_lorad_adapter(model, args.init_student, adapter_name=STUDENT, component=self.backbone.subfolder)
+        rank = model.peft_config[STUDENT].r
         if rank != args.student_rank:
             raise ValueError(
                 f"--init_student {args.init_student} has rank {rank}, --student_rank is {args.student_rank}. "
@@ -163,18 +154,10 @@ class WaDiTrainer:
             )
         return None
 
-    def _base_dtype(self) -> torch.dtype:
-        if self.args.base_dtype is not None:
-            return DTYPES[self.args.base_dtype]
-        half = self.args.mixed_precision != "no" and self.device.type != "cpu"
-        return DTYPES[self.args.mixed_precision] if half else torch.float32
-
-    def _latent_shape(self, unet: nn.Module) -> tuple[int, int, int]:
-        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        size = self.args.resolution or unet.config.sample_size * factor
-        if size % factor:
-            raise ValueError(f"--resolution is {size}, expected a multiple of {factor}, the VAE's factor.")
-        return unet.config.in_channels, size // factor, size // factor
+    def _student_scheduler(self):
+        if self.schedule.start is not None:
+            return start_scheduler(self.backbone.scheduler, self.schedule)
+        return self.backbone.student_scheduler(self.args.terminal_alpha_cumprod)
 
     def _vsd_steps(self) -> int:
         args = self.args
@@ -183,49 +166,27 @@ class WaDiTrainer:
         per_step = args.train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return args.num_train_epochs * math.ceil(len(self.embeddings) / per_step)
 
-    def _regression_pairs(self) -> regression.RegressionPairs | None:
-        """Out of the cache in the output folder, or sampled now, by the main process."""
-        args, file = self.args, self.output_dir / "regression_pairs.safetensors"
-        if not args.warmup_regression_steps and not args.regression_weight:
-            return None
-        settings = {
-            "count": args.warmup_regression_pairs,
-            "num_steps": args.warmup_num_inference_steps,
-            "guidance_scale": args.warmup_guidance_scale,
-            "seed": args.seed,
-        }
-        fixed = {"teacher": args.pretrained_teacher_model, "latent_shape": self.latent_shape}
-        fingerprint = regression.pairs_fingerprint(self.embeddings.prompts, **settings, **fixed)
-        with self.accelerator.main_process_first():
-            pairs = regression.load_pairs(file, fingerprint)
-            if pairs is None:
-                pairs = regression.make_pairs(
-                    self.networks.teacher,
-                    self.embeddings,
-                    self.teacher_scheduler,
-                    self.latent_shape,
-                    batch_size=args.warmup_sample_batch_size,
-                    progress=lambda batches: tqdm(batches, desc="teacher's samples"),
-                    **settings,
-                )
-                regression.save_pairs(pairs, file, fingerprint)
-        return pairs
-
     # --- the loop ---
 
-    def train(self) -> None:
-        """Run to the last step and export the student."""
+    def train(self) -> signal.Signals | None:
+        """Run to the last step and export the student.
+
+        Returns:
+            ``None`` if it came to that; the signal, if SIGINT or SIGTERM ended it: with a checkpoint of the last step.
+        """
         self._announce()
-        main = self.accelerator.is_main_process
-        with tqdm(total=self.total_steps, initial=self.step, desc="steps", disable=not main) as bar:
+        log = RunLog(self.args, self.accelerator, self.networks, self.steps.trainees(), self.total_steps, self.step)
+        with StopSignals(self.accelerator) as stop, log.bar:
             while self.step < self.total_steps:
-                logs = self.update()
-                bar.update()
-                self._after_update(logs, bar)
+                log.add(self.update())
+                if received := stop.wanted(look=self._due(self.args.logging_steps)):
+                    return self._stop(received)
+                self._after_update(log)
         self.accelerator.wait_for_everyone()
-        if main:
+        if self.accelerator.is_main_process:
             self.export()
         self.accelerator.end_training()
+        return None
 
     def update(self) -> losses.Logs:
         """The next update: of the warm start first, then of the fake alone, then of score distillation."""
@@ -243,32 +204,36 @@ class WaDiTrainer:
     def _announce(self) -> None:
         sizes = [sum(p.numel() for p in role.parameters) for role in (self.steps.student, self.steps.fake)]
         logger.info("trainable parameters: student %d, fake %d; %d steps", *sizes, self.total_steps)
-        if self.args.report_to != "none":
-            plain = {name: str(value) for name, value in vars(self.args).items() if name != "hub_token"}
+        if self.accelerator.log_with:
+            plain = {name: str(value) for name, value in self.settings.items()}
             self.accelerator.init_trackers("train_wadi", config=plain)
-        if self.args.validation_steps and self.step == 0 and self.accelerator.is_main_process:
+        if self.args.validation_steps and self.accelerator.is_main_process:
+            self.painter  # noqa: B018 (what cannot be loaded is to show now)
+        if self.args.validation_steps and self.step == 0:
             self.validate()
 
-    def _after_update(self, logs: losses.Logs, bar: tqdm) -> None:
-        args, last = self.args, self.step == self.total_steps
-        if last or self.step % args.logging_steps == 0:
-            self._log(logs, bar)
-        if last or self.step % args.checkpointing_steps == 0:
-            self.save_checkpoint()
-        if args.validation_steps and (last or self.step % args.validation_steps == 0):
-            if self.accelerator.is_main_process:
+    def _due(self, every: int) -> bool:
+        """Whether what is to be done ``every`` so many updates (0: never) is due now; all of it is at the last."""
+        return every > 0 and (self.step == self.total_steps or self.step % every == 0)
+
+    def _after_update(self, log: RunLog) -> None:
+        if self._due(self.args.logging_steps):
+            log.report(self.step)
+        with log.paused():
+            if self._due(self.args.checkpointing_steps):
+                self.save_checkpoint()
+            if self._due(self.args.validation_steps):
                 self.validate()
 
-    def _log(self, logs: losses.Logs, bar: tqdm) -> None:
-        values = {name: float(value) for name, value in logs.items()}
-        bar.set_postfix({name: f"{value:.3g}" for name, value in values.items()})
-        self.accelerator.log(values, step=self.step)
-        broken = [name for name, value in values.items() if name.endswith("loss") and not math.isfinite(value)]
-        if broken:
-            raise FloatingPointError(
-                f"{broken[0]} is {values[broken[0]]} at step {self.step}. Resume from a checkpoint with lower "
-                "--learning_rate and --fake_learning_rate, or start again without --mixed_precision fp16."
-            )
+    def _stop(self, received: signal.Signals) -> signal.Signals:
+        folder = self.save_checkpoint()
+        logger.warning(
+            "stopped by %s after step %d of %d; %s is saved. Go on with the same command and "
+            "--resume_from_checkpoint latest.",
+            *(received.name, self.step, self.total_steps, folder),
+        )
+        self.accelerator.end_training()
+        return received
 
     @contextmanager
     def averaged_student(self) -> Iterator[None]:
@@ -284,59 +249,67 @@ class WaDiTrainer:
         finally:
             self.ema.restore(parameters)
 
-    @torch.no_grad()
-    def validate(self) -> Path:
-        """Write a grid of one-step images of fixed prompts and noise; no training stream is touched."""
-        generator = torch.Generator().manual_seed(self.args.validation_seed)
-        noise = torch.randn(len(self.validation_prompts), *self.latent_shape, generator=generator).to(self.device)
-        with self.averaged_student():
-            x0 = losses.student_x0(self.networks.student, noise, self.validation_text, self.schedule)
-        file = self.output_dir / "samples" / f"step-{self.step:06d}.png"
-        file.parent.mkdir(exist_ok=True)
-        latents_grid(self.vae, x0).save(file)
-        return file
+    def validate(self) -> Path | None:
+        """Draw fixed prompts and noise through the one-step pipeline, into `samples/` and to all trackers.
+
+        Returns:
+            The grid's file; ``None`` in processes other than the main one.
+        """
+        if not self.accelerator.is_main_process:
+            return None
+        eager = torch.compiler.set_stance("force_eager") if self.args.torch_compile else nullcontext()
+        # A student of float32 weights over a half-precision base is called under autocast, as in training.
+        precision = self.accelerator.autocast() if self.networks.owns_network(STUDENT) else nullcontext()
+        with self.averaged_student(), self.networks.selected(STUDENT), eager, precision:
+            images = self.painter.images()
+        send_images(self.accelerator, images, self.validation_prompts, self.step)
+        return save_grid(images, self.output_dir / "samples" / f"step-{self.step:06d}.png")
 
     # --- saving ---
-
-    def save_adapter(self, folder: Path, role: str, base: str | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write the adapter of ``role`` in the native format; it names ``base``, by default the teacher."""
-        base = base or checkpoint.lasting_name(self.args.pretrained_teacher_model)
-        save_lorad_adapter(self.networks.unet, folder, role, base_model_name_or_path=base, dtype=dtype)
 
     def export(self) -> None:
         """The student (its average if one is kept) and its scheduler into the output folder."""
         args = self.args
+        base = args.base_model_name_or_path or checkpoint.lasting_name(args.pretrained_teacher_model)
+        naming = (self.output_dir, self.backbone.subfolder, base, DTYPES[args.adapter_dtype])
         with self.averaged_student():
-            self.save_adapter(self.output_dir, STUDENT, args.base_model_name_or_path, DTYPES[args.adapter_dtype])
-        self.student_scheduler.save_pretrained(self.output_dir / "scheduler")
-        trained = (self.networks.unet.peft_config[STUDENT], self.step, len(self.embeddings), self.validation_prompts)
-        logger.info("student written to %s %s", self.output_dir, publishing.publish_student(args, *trained))
+            written = exporting.export_role(self.networks, STUDENT, *naming)
+        self._student_scheduler().save_pretrained(self.output_dir / "scheduler")
+        config = exporting.adapter_config(self.networks, STUDENT)
+        trained = (config, self.step, len(self.embeddings), self.validation_prompts)
+        url = publishing.publish_student(args, *trained)
+        logger.info("student written to %s: %s %s", self.output_dir, ", ".join(written), url)
 
     def _parts(self) -> dict:
         return self.steps.parts() | {"ema": self.ema, "step": self.step}
 
     def save_checkpoint(self) -> Path:
         """Write ``checkpoint-<step>`` and remove old ones."""
-        folder = self.output_dir / f"checkpoint-{self.step}"
+        folder, main = self.output_dir / f"checkpoint-{self.step}", self.accelerator.is_main_process
         # Every process's generators, gathered by the main one: a single writer can rename the folder when it is whole.
-        randoms = gather_object([[checkpoint.random_states(), self.steps.generator.get_state()]])
-        if self.accelerator.is_main_process:
+        randoms = gather_object([checkpoint.random_states()])
+        if main:
             checkpoint.write_folder(folder, lambda partial: self._write_checkpoint(partial, randoms))
+            for path in checkpoint.set_aside_later(self.output_dir, self.step):
+                logger.info("%s: of an earlier run that went further; 'latest' passes it over", path)
             checkpoint.remove_old_checkpoints(self.output_dir, self.args.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         return folder
 
     def _write_checkpoint(self, folder: Path, randoms: list) -> None:
-        self.save_adapter(folder / STUDENT, STUDENT)
-        self.save_adapter(folder / FAKE, FAKE)
+        base = checkpoint.lasting_name(self.args.pretrained_teacher_model)
+        for role in (STUDENT, FAKE):
+            checkpoint.save_role(self.networks, role, folder / role, base)
         if self.ema is not None:
             with self.averaged_student():
-                self.save_adapter(folder / "student_ema", STUDENT)
+                checkpoint.save_role(self.networks, STUDENT, folder / "student_ema", base)
+        save_settings(self.settings, folder)
         state = checkpoint.collect_state(self._parts())
         torch.save({"parts": state, "randoms": randoms}, folder / checkpoint.STATE_FILE)
 
     def resume(self, folder: Path) -> None:
         """Go on from ``folder`` as if there had been no stop, except for learning rates that the flags change."""
+        check_settings(folder, self.settings)  # again, now that the prompts are among them
         saved = checkpoint.load_checkpoint(folder, self.networks, self._parts())
         if self.ema is not None:
             self.ema.to(self.device)  # its load_state_dict keeps the tensors where the file was read to, on the CPU
@@ -345,6 +318,5 @@ class WaDiTrainer:
         self.step = saved["parts"]["step"]
         rank, randoms = self.accelerator.process_index, saved["randoms"]
         if rank < len(randoms):
-            checkpoint.set_random_states(randoms[rank][0])
-            self.steps.generator.set_state(randoms[rank][1])
+            checkpoint.set_random_states(randoms[rank])
         logger.info("resumed from %s at step %d", folder, self.step)

@@ -1,5 +1,9 @@
 """One-step pipelines: diffusers' own, with one-step defaults, guard rails and LoRaD loading."""
 
-from diffusers_wadi.pipelines.pipeline_wadi import WaDiPipeline, register_auto_pipelines
+from diffusers_wadi.pipelines._registry import one_step_pipeline_class, register_auto_pipelines, register_names
+from diffusers_wadi.pipelines.pipeline_wadi import WaDiPipeline
+from diffusers_wadi.pipelines.pipeline_wadi_pixart import WaDiPixArtPipeline
 
-__all__ = ["WaDiPipeline", "register_auto_pipelines"]
+__all__ = ["WaDiPipeline", "WaDiPixArtPipeline", "one_step_pipeline_class", "register_auto_pipelines"]
+
+register_names()

@@ -13,7 +13,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import SchedulerMixin, UNet2DConditionModel
+from diffusers import SchedulerMixin
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
@@ -45,7 +45,13 @@ class Source:
     authors_file: Path | None = None
 
 
+# Component of an authors' file -> the pipeline for it.
+LABELS = {"unet": "UNet", "transformer": "transformer"}
+PIPELINE_NAMES = {"unet": "WaDiPipeline", "transformer": "WaDiPixArtPipeline"}
+
+
 def resolve_source(
+    cls: type | None,
     location: str | os.PathLike,
     base_model: str | os.PathLike | None,
     weight_name: str | None,
@@ -54,14 +60,15 @@ def resolve_source(
 ) -> Source:
     """Tell a complete checkpoint from an adapter by the files it has; `base_model` says that it is an adapter.
 
-    A file, given as such or by `weight_name`, is first looked into for what the authors' files hold.
+    A file, given as such or by `weight_name`, is first looked into for what the authors' files hold. `cls` is the
+    pipeline class that the files are for, None for any.
 
     Raises:
         OSError: neither kind, or not to be found.
         ValueError: an adapter without a base model, or a file for another kind of pipeline.
     """
     location, hub = str(location), hub_options(options)
-    if authors := _authors_source(location, base_model, weight_name, subfolder, hub):
+    if authors := _authors_source(cls, location, base_model, weight_name, subfolder, hub):
         return authors
     if base_model is None and Path(location).is_file():
         raise ValueError(f"{location} is a file; pass base_model= to load it as a LoRaD adapter, or give its folder")
@@ -92,11 +99,16 @@ def _base_of(config: dict[str, Any], location: str, subfolder: str | None, hub: 
 
 
 def _authors_source(
-    location: str, base_model: str | os.PathLike | None, weight_name: str | None, subfolder: str | None, hub: dict
+    cls: type | None,
+    location: str,
+    base_model: str | os.PathLike | None,
+    weight_name: str | None,
+    subfolder: str | None,
+    hub: dict,
 ) -> Source | None:
     known = AUTHORS_FILES.get(Path(location).name if Path(location).is_file() else weight_name or "")
     if known is not None:
-        _refuse_transformer(known, location)
+        _refuse_other_component(cls, known, location)
     path: Path | None = None
     if Path(location).is_file():
         path = Path(location)
@@ -111,22 +123,24 @@ def _authors_source(
     contents = None if path is None else authors_contents(path)
     if contents is None:
         return None
-    _refuse_transformer(contents, str(path))
+    _refuse_other_component(cls, contents, str(path))
     base = base_model or contents.base_model or (_pipeline_around(path) if contents.kind == "training" else None)
     if base is None:
+        what = "training weights" if contents.kind == "training" else f"a whole {LABELS[contents.component]}"
         raise ValueError(
-            f"{path} holds {'a whole UNet' if contents.kind == 'model' else 'training weights'} in the authors' layout "
-            "and names no base model; pass base_model=, the pipeline that it was trained on"
+            f"{path} holds {what} in the authors' layout and names no base model; pass base_model=, the pipeline that it "
+            "was trained on"
         )
     return Source(location, subfolder, base=str(base), authors_file=path)
 
 
-def _refuse_transformer(contents: AuthorsFile, origin: str) -> None:
-    if contents.component != "unet":
+def _refuse_other_component(cls: type | None, contents: AuthorsFile, origin: str) -> None:
+    if cls is not None and contents.component != cls.lorad_component:
+        what = {"unet": "a Stable Diffusion UNet", "transformer": "a PixArt transformer"}[contents.component]
         raise ValueError(
-            f"{origin!r}: this is a PixArt transformer, and WaDiPipeline is for Stable Diffusion. Load it with "
-            "diffusers_wadi.load_authors_weights(transformer, ...), or angles with load_lorad_adapter, into a "
-            "PixArtTransformer2DModel."
+            f"{origin!r}: this is {what}, and {cls.__name__} has a {cls.lorad_component}. Load it with "
+            f"diffusers_wadi.{PIPELINE_NAMES[contents.component]}.from_pretrained, or into a model of its own with "
+            "load_authors_weights."
         )
 
 
@@ -137,14 +151,45 @@ def _pipeline_around(path: Path) -> Path | None:
 
 
 def load_pipeline(
-    load: Callable, source: Source, weight_name: str | None, adapter_name: str | None, options: dict[str, Any]
+    load: Callable,
+    cls: type,
+    source: Source,
+    weight_name: str | None,
+    adapter_name: str | None,
+    options: dict[str, Any],
 ) -> Any:
-    """The pipeline that `source` stands for; `load` is the stock `from_pretrained`."""
+    """The pipeline of class `cls` that `source` stands for; `load` is the stock `from_pretrained`."""
+    _refuse_other_kind(cls, source, options)
     if source.authors_file is not None:
-        return load_authors_pipeline(load, source, adapter_name, options)
+        return load_authors_pipeline(load, cls, source, adapter_name, options)
     if source.adapter_config is not None:
         return load_adapter_pipeline(load, source, weight_name, adapter_name, options)
     return load_complete_pipeline(load, source, options)
+
+
+def _refuse_other_kind(cls: type, source: Source, options: dict[str, Any]) -> None:
+    """Refuse a complete or base pipeline without the component of `cls`."""
+    try:
+        path, origin = index_of(source, hub_options(options))
+    except OSError:  # loading says it better
+        return
+    index = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    if not index or index.get(cls.lorad_component) or options.get(cls.lorad_component) is not None:
+        return
+    other = next((name for component, name in PIPELINE_NAMES.items() if index.get(component)), None)
+    raise ValueError(
+        f"{origin!r} is a {index.get('_class_name')} without a {cls.lorad_component}, so it is not for {cls.__name__}."
+        + (f" Load it with diffusers_wadi.{other}." if other else "")
+    )
+
+
+def index_of(source: Source, hub: dict[str, Any]) -> tuple[Path | None, str]:
+    """The `model_index.json` of the complete or base pipeline, None if there is none, and whose it is."""
+    if source.base is None:
+        return find_file(source.location, "model_index.json", source.subfolder, **hub), source.location
+    # A revision names a state of the repository that was asked for, which is the adapter's.
+    hub = {key: value for key, value in hub.items() if key != "revision"}
+    return find_file(source.base, "model_index.json", **hub), source.base
 
 
 def load_complete_pipeline(load: Callable, source: Source, options: dict[str, Any]) -> Any:
@@ -166,52 +211,63 @@ def load_adapter_pipeline(
     pipe = load_complete_pipeline(load, Source(source.base, None), of_base)
     pipe.load_lorad_weights(source.location, weight_name, adapter_name, source.subfolder, **hub_options(options))
     if options.get("scheduler") is None and (scheduler := _own_scheduler(source, hub_options(options))):
-        pipe.scheduler = scheduler
+        pipe._replace_scheduler(scheduler)
     return pipe
 
 
-def load_authors_pipeline(load: Callable, source: Source, adapter_name: str | None, options: dict[str, Any]) -> Any:
-    """The base pipeline with the file's UNet in the place of its own, or with the file's angles as an adapter.
+def load_authors_pipeline(
+    load: Callable, cls: type, source: Source, adapter_name: str | None, options: dict[str, Any]
+) -> Any:
+    """The base pipeline with the file's model in the place of its own, or with the file's angles as an adapter.
 
-    A whole UNet is checked before the rest of the pipeline is loaded. Unless there is a scheduler beside the file or in
-    the options, that of the base gets the authors' terminal alpha, but not for a UNet of another name than theirs.
+    A whole model is checked before the rest of the pipeline is loaded. Unless there is a scheduler beside the file or
+    in the options, that of the base gets the authors' terminal alpha, but not for a model of another name than theirs.
     """
+    component = cls.lorad_component
     of_base = {key: value for key, value in options.items() if key != "revision"}
     thetas, weights = split_authors_state_dict(read_authors_file(source.authors_file))
     adapter = convert_authors_state_dict_to_lorad(thetas) if thetas else None
     if weights:  # beside angles: the base that these turn, as it was trained with
-        if options.get("unet") is not None:
+        if options.get(component) is not None:
             raise ValueError(
-                f"{source.authors_file} holds a whole UNet, and unet= was given too; leave one of them out"
+                f"{source.authors_file} holds a whole {LABELS[component]}, and {component}= was given too; leave one of "
+                "them out"
             )
-        of_base["unet"] = _unet_of(weights, source, of_base)
+        of_base[component] = _denoiser_of(weights, cls, source, of_base)
     pipe = load_complete_pipeline(load, Source(source.base, None), of_base)
     if adapter is not None:
         pipe.load_lorad_weights(adapter, adapter_name=adapter_name)
+    theirs = adapter is not None or source.authors_file.name.startswith("rotated_")
     if options.get("scheduler") is None:
-        theirs = adapter is not None or source.authors_file.name.startswith("rotated_")
         if own := _own_scheduler(source, hub_options(options)):
-            pipe.scheduler = own
+            pipe._replace_scheduler(own)
         elif theirs:
-            pipe.scheduler = one_step_scheduler(pipe.scheduler, AUTHORS_TERMINAL_ALPHA_CUMPROD)
+            pipe._replace_scheduler(one_step_scheduler(pipe.scheduler, AUTHORS_TERMINAL_ALPHA_CUMPROD))
+    if (kind := pipe.scheduler.config.get("prediction_type", "epsilon")) != "epsilon":
+        raise ValueError(
+            f"{source.authors_file}: the authors' models predict epsilon, and the scheduler has prediction_type={kind!r}. "
+            "Pass the scheduler of a base that predicts epsilon (Stable Diffusion 1.5, 2.1-base, PixArt-alpha)."
+        )
     return pipe
 
 
-def _unet_of(weights: dict[str, torch.Tensor], source: Source, options: dict[str, Any]) -> UNet2DConditionModel:
-    """A UNet of the base's config with these weights; the base's own are not even downloaded."""
+def _denoiser_of(
+    weights: dict[str, torch.Tensor], cls: type, source: Source, options: dict[str, Any]
+) -> torch.nn.Module:
+    """A UNet or transformer of the base's config with these weights; the base's own are not even downloaded."""
     from accelerate import init_empty_weights
 
-    hub = hub_options(options)
-    config = _explain(source.base, lambda: UNet2DConditionModel.load_config(source.base, subfolder="unet", **hub))
+    kind, component, hub = cls.denoiser_class, cls.lorad_component, hub_options(options)
+    config = _explain(source.base, lambda: kind.load_config(source.base, subfolder=component, **hub))
     with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config)
-    weights = fitting_weights(unet, weights, str(source.authors_file))
+        model = kind.from_config(config)
+    weights = fitting_weights(model, weights, str(source.authors_file))
     dtype = options.get("dtype") or options.get("torch_dtype")
-    dtype = dtype.get("unet", dtype.get("default")) if isinstance(dtype, dict) else dtype
+    dtype = dtype.get(component, dtype.get("default")) if isinstance(dtype, dict) else dtype
     dtype = dtype if isinstance(dtype, torch.dtype) else torch.float32
     # Copies, since the tensors of a safetensors file are the file itself, mapped into memory.
-    unet.load_state_dict({key: weights.pop(key).to(dtype, copy=True) for key in list(weights)}, assign=True)
-    return unet.eval()
+    model.load_state_dict({key: weights.pop(key).to(dtype, copy=True) for key in list(weights)}, assign=True)
+    return model.eval()
 
 
 def _own_scheduler(source: Source, hub: dict[str, Any]) -> SchedulerMixin | None:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from diffusers_wadi._adapter_ops import unload_adapters
 from diffusers_wadi._files import folder_written_beside
 from diffusers_wadi._hub import UploadOptions, publish
 from diffusers_wadi._offloading import offloading_paused
@@ -24,7 +24,7 @@ from diffusers_wadi.model_card import CardDetails, pipeline_card, with_sample_gr
 
 
 class OneStepCheckpointMixin:
-    """Saves a Stable Diffusion pipeline with adapters as stock classes, on the disk or on the Hub."""
+    """Saves a one-step pipeline with adapters as stock classes, on the disk or on the Hub."""
 
     def save_pretrained(
         self,
@@ -35,9 +35,9 @@ class OneStepCheckpointMixin:
         **kwargs: Any,
     ) -> None:
         r"""
-        Save a complete checkpoint of stock classes, which `StableDiffusionPipeline.from_pretrained` and the like load
-        without this package. Active adapters are fused in the saved copy of the UNet; this pipeline is not changed.
-        Nothing half-written replaces an older file.
+        Save a complete checkpoint of stock classes, which `DiffusionPipeline.from_pretrained` and the like load
+        without this package. Active adapters are fused in the saved copy of the UNet or transformer; this pipeline is
+        not changed. Nothing half-written replaces an older file.
 
         The folder gives the pixels of this pipeline with fused adapters: bit for bit in float32. In float16 and
         bfloat16 stock diffusers takes the one scheduler step in half precision, which this class does not.
@@ -93,9 +93,10 @@ class OneStepCheckpointMixin:
         upload = UploadOptions(**{name: kwargs.pop(name) for name in names if name in kwargs})
         models = [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
         with folder_written_beside(target) as staged, offloading_paused(models):
-            parts = self.components | {"unet": without_adapters(self.unet)}
-            safety = {"requires_safety_checker": self.config.requires_safety_checker}
-            stock = StableDiffusionPipeline(**parts, **safety)
+            denoiser = getattr(self, self.lorad_component)
+            parts = self.components | {self.lorad_component: without_adapters(denoiser)}
+            parts["scheduler"] = self._scheduler_to_save()
+            stock = self.stock_class(**parts, **self._settings_to_save())
             stock.save_pretrained(str(staged), safe_serialization=safe_serialization, **kwargs)
             default_to_float32(staged / "text_encoder" / "config.json")
             files = [file.relative_to(staged).as_posix() for file in staged.rglob("*") if file.is_file()]
@@ -103,19 +104,24 @@ class OneStepCheckpointMixin:
             return ""
         # Not by diffusers, which would upload before the dtype is set.
         details = with_sample_grid(self, card)
-        configs = getattr(self.unet, "peft_config", None) or {}
+        configs = getattr(denoiser, "peft_config", None) or {}
         ranks = {name: configs[name].r for name in self.get_active_adapters() if hasattr(configs.get(name), "r")}
         base = self.config.get("_name_or_path")
         base = None if base is None or Path(base).exists() else base
         text = pipeline_card(upload.name(target), base, ranks, details, type(self).__name__)
         return publish(target, files, upload, text, details)
 
+    def _settings_to_save(self) -> dict[str, Any]:
+        """What the stock class takes beside the components, as `requires_safety_checker`."""
+        names = self._get_signature_keys(self.stock_class)[1]
+        return {name: self.config[name] for name in names if name in self.config and name not in self.components}
 
-def without_adapters(unet: torch.nn.Module) -> torch.nn.Module:
-    """The UNet as plain modules: itself if it has no adapters, else a copy with the active ones fused."""
-    if not any(isinstance(module, BaseTunerLayer | LoRaDAttnProcessor) for module in unet.modules()):
-        return unet
-    plain = copy.deepcopy(unet)
+
+def without_adapters(model: torch.nn.Module | None) -> torch.nn.Module | None:
+    """The model as plain modules: itself if it has no adapters, else a copy with the active ones fused."""
+    if model is None or not any(isinstance(part, BaseTunerLayer | LoRaDAttnProcessor) for part in model.modules()):
+        return model
+    plain = copy.deepcopy(model)
     fuse_lorad_attn_processors(plain)
     layers = [module for module in plain.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:  # from the outside in, as a call would
@@ -126,7 +132,7 @@ def without_adapters(unet: torch.nn.Module) -> torch.nn.Module:
         if not layer.disable_adapters and not layer.merged:
             layer.merge(safe_merge=True)
     if layers:
-        plain.unload_lora()
+        unload_adapters(plain)
     return plain
 
 

@@ -113,3 +113,22 @@ def tokenize(tokenizer: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
     return tokenizer(
         captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
+
+
+@torch.no_grad()
+def standardise_latents(vae: AutoencoderKL, latents: torch.Tensor) -> torch.Tensor:
+    """Gives every latent channel mean 0 and std 1, folded into the VAE's 1x1 convolutions, so `scaling_factor` is 1.
+
+    Exact: the encoder's last convolution makes means and log-variances per channel, the decoder's first one undoes it.
+    Stock pipelines know one scaling factor and no shift, and channels of unequal size would not be noised equally.
+    """
+    mean, std = latents.mean(dim=(0, 2, 3)), latents.std(dim=(0, 2, 3))
+    channels = len(mean)
+    out, back = vae.quant_conv, vae.post_quant_conv
+    out.bias[:channels] = (out.bias[:channels] - mean) / std
+    out.weight[:channels] /= std[:, None, None, None]
+    out.bias[channels:] -= 2 * std.log()
+    back.bias += torch.einsum("oi,i->o", back.weight[:, :, 0, 0], mean)
+    back.weight *= std[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0)
+    return (latents - mean[:, None, None]) / std[:, None, None]
