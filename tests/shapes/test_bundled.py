@@ -40,7 +40,9 @@ def test_the_student_is_lorad_alone():
         assert all(name.endswith((".lorad_A", ".lorad_B")) for name in file.keys())
 
 
-@pytest.mark.xfail(strict=True, reason="the student is not that good yet: 68 % of captions wholly right (README)")
+@pytest.mark.xfail(
+    strict=True, reason="the student is not that good yet: 73 % to 77 % of captions wholly right (README)"
+)
 def test_one_step_draws_what_held_out_captions_say(pipeline):
     """What the student has to reach. Strict: the day that it does, this mark has to go."""
     attributes, captions = share_right(pipeline, heldout_captions(64, seed=21))
@@ -48,9 +50,9 @@ def test_one_step_draws_what_held_out_captions_say(pipeline):
 
 
 def test_one_step_draws_no_worse_than_was_measured(pipeline):
-    """93.3 % and 68.0 % on 512 captions (README), less what 64 captions may scatter."""
+    """91.7 % and 68.8 % on these 64 captions, 95 % and 75 % on 512 (README), less what other machines may round."""
     attributes, captions = share_right(pipeline, heldout_captions(64, seed=21))
-    assert attributes >= 0.88 and captions >= 0.58
+    assert attributes >= 0.89 and captions >= 0.62
 
 
 def test_the_adapter_off_is_the_multi_step_teacher(pipeline):
