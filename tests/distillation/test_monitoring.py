@@ -41,6 +41,7 @@ def test_angles_of_all_layers_or_of_some():
 
 
 def test_several_trackers():
+    pytest.importorskip("tensorboard")
     assert tracker_names("none") == [] and tracker_names("tensorboard") == ["tensorboard"]
     assert tracker_names("all, tensorboard") == ["all", "tensorboard"]
     with pytest.raises(ValueError, match="names 'nosuch', expected none, all or some of .*tensorboard.*wandb"):

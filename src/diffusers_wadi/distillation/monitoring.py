@@ -33,12 +33,11 @@ def tracker_names(report_to: str) -> list[str]:
     """
     names = [name.strip() for name in report_to.split(",") if name.strip() not in ("", "none")]
     known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    unknown = [name for name in names if name not in (*known, "all")]
+    if unknown:
+        raise ValueError(f"--report_to names {unknown[0]!r}, expected none, all or some of {', '.join(known)}.")
     for name in names:
-        if name == "all":
-            continue
-        if name not in known:
-            raise ValueError(f"--report_to names {name!r}, expected none, all or some of {', '.join(known)}.")
-        if importlib.util.find_spec(name) is None:
+        if name != "all" and importlib.util.find_spec(name) is None:
             raise ValueError(f"--report_to {name}: that package is not installed. Install it or use none.")
     return names
 
