@@ -98,7 +98,7 @@ def make_unet(size: dict, device: torch.device) -> UNet2DConditionModel:
     torch.manual_seed(0)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[size["precision"]]
     unet = UNet2DConditionModel(**size["unet"]).to(device, dtype).requires_grad_(False).eval()
-    if device.type == "cpu":  # as the training script does
+    if device.type == "cpu" and size["precision"] != "no":  # as the training script does
         unet.set_attn_processor(AttnProcessor())
     return unet
 
@@ -164,7 +164,7 @@ def measure(contender: str, size: dict, setting: dict, steps: int, threads: int 
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / GB if cuda else resident("VmHWM") - before
-    name = torch.cuda.get_device_name() if cuda else "CPU"
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     return {"seconds": seconds[1:], "peak": peak, "device": name}
 
 

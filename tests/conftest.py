@@ -5,16 +5,18 @@ import json
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# The networks are too small for more, and the processes that tests start beside this one would share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging
 from hub_server import hub  # noqa: F401  (the fixture)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_wadi import LoRaDConfig, one_step_scheduler, save_lorad_adapter
-
-torch.set_num_threads(2)
 
 SD_BETAS = {
     "num_train_timesteps": 1000,
@@ -80,6 +82,21 @@ def tiny_text_encoder(vocabulary_size, hidden_size=16):
     return CLIPTextModel(config).eval()
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """accelerate refuses a second precision in one process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """The warnings that the one-step pipelines log."""
+    messages = []
+    monkeypatch.setattr(logging.get_logger("diffusers_wadi.pipelines._one_step"), "warning", messages.append)
+    return messages
+
+
 @pytest.fixture(scope="session")
 def _components(tmp_path_factory):
     torch.manual_seed(0)
@@ -128,3 +145,14 @@ def adapter_folder(_components, base_folder, tmp_path_factory):
     unet = add_random_adapter(copy.deepcopy(_components["unet"]))
     save_lorad_adapter(unet, folder, "student", base_model_name_or_path=str(base_folder))
     return folder
+
+
+@pytest.fixture
+def tiny_run(base_folder, tmp_path):
+    """`wadi_script.tiny_run` into the folder of the test, on the tiny pipeline unless told otherwise."""
+    import wadi_script
+
+    def parse(*flags, teacher=base_folder, name="out"):
+        return wadi_script.tiny_run(teacher, tmp_path, *flags, name=name)
+
+    return parse

@@ -32,18 +32,20 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
 
 
 def run(flags: list[str], started: Connection, file_limit: int | None, environment: dict[str, str]) -> None:
-    """Train with one thread; sends "started" with the first update, and in the end the error if there was one.
+    """Train; sends "started" with the first update, and in the end the error if there was one.
 
     Args:
+        flags: with `--num_threads 1`, which has to hold then, also in several processes.
         file_limit: bytes that a file may have from then on: a full disk.
         environment: variables, such as a launcher sets.
     """
     os.environ |= environment
-    torch.set_num_threads(1)
+    os.environ.pop("OMP_NUM_THREADS", None)  # without which accelerate chooses a number
     update = WaDiTrainer.update
 
     def announced(self):
         WaDiTrainer.update = update
+        assert torch.get_num_threads() == 1
         if file_limit is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
         started.send("started")

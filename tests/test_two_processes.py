@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from accelerate.state import AcceleratorState
 from backbones import tiny_unet, unet_inputs
+from killable_run import forkserver
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from wadi_script import train_wadi
@@ -82,7 +83,8 @@ def two_processes(tmp_path_factory, base_folder) -> Path:
         port = free.getsockname()[1]
     for name in RUNS:
         Path(folder, name).mkdir()
-    mp.start_processes(worker, (port, str(folder), str(base_folder)), nprocs=2, start_method="spawn")
+    forkserver()  # which has imported everything
+    mp.start_processes(worker, (port, str(folder), str(base_folder)), nprocs=2, start_method="forkserver")
     return folder
 
 

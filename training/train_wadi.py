@@ -224,7 +224,7 @@ def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
         g,
         "attention",
         "auto",
-        "sdpa: torch's fused attention; plain: matrix products and softmax; auto: plain on the CPU, else sdpa",
+        "sdpa: torch's fused attention; plain: matrix products and softmax; auto: plain on a CPU in half precision, else sdpa",
         choices=("auto", "sdpa", "plain"),
     )
     _flag(g, "gradient_checkpointing", False, "Recompute activations in backward")
@@ -406,6 +406,8 @@ def main(args: argparse.Namespace) -> None:
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     if args.num_threads is not None:
+        # Without it accelerate gives each of several CPU processes a thread for every core.
+        os.environ["OMP_NUM_THREADS"] = str(args.num_threads)
         torch.set_num_threads(args.num_threads)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

@@ -6,7 +6,6 @@ import json
 import pytest
 import reference_objectives as plain
 import torch
-from accelerate.state import AcceleratorState
 from backbones import PIXART_ALPHA_256, SD15_UNET, SD21_UNET, meta_model, pixart_inputs, tiny_pixart
 from conftest import tiny_unet
 from diffusers import PixArtTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
@@ -21,12 +20,6 @@ from diffusers_wadi.distillation.networks import WaDiNetworks
 from diffusers_wadi.distillation.noise import SampleDraws
 
 X, T, TEXT = torch.randn(2, 4, 8, 8), torch.tensor([10, 900]), torch.randn(2, 5, 16)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def make(student: AdapterSpec | None, fake: AdapterSpec | None = None, moved: bool = True) -> WaDiNetworks:

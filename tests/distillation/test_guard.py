@@ -3,7 +3,6 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from diffusers_wadi.distillation.guard import StepGuard, poisoned_if_broken
 
@@ -12,8 +11,7 @@ from diffusers_wadi.distillation.guard import StepGuard, poisoned_if_broken
 def guarded(request):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, weight_decay=0.1, fused=request.param)
-    yield parameter, StepGuard(Accelerator(cpu=True).prepare_optimizer(optimizer)), optimizer
-    AcceleratorState._reset_state(reset_partial_state=True)
+    return parameter, StepGuard(Accelerator(cpu=True).prepare_optimizer(optimizer)), optimizer
 
 
 def update(parameter, guard, scale):

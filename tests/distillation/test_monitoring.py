@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from conftest import TARGETS, add_random_adapter, tiny_unet
 
 from diffusers_wadi.distillation.monitoring import Averages, angle_statistics, tracker_names
@@ -22,7 +21,6 @@ def test_means_since_the_last_look():
     averages.add({"loss": torch.tensor(7.0)})
     assert averages.take(accelerator) == {"loss": 7.0}
     assert averages.take(accelerator) == {}
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_angles_of_all_layers_or_of_some():

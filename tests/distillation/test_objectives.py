@@ -5,7 +5,6 @@ import argparse
 import pytest
 import reference_objectives as plain
 import torch
-from accelerate.state import AcceleratorState
 from conftest import SD_BETAS
 from diffusers import (
     DDIMScheduler,
@@ -21,13 +20,6 @@ from diffusers_wadi.distillation import losses, objectives
 from diffusers_wadi.distillation.data import PromptOrder
 from diffusers_wadi.distillation.noise import SampleDraws
 from diffusers_wadi.distillation.trainer import WaDiTrainer
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 SMALL = "--student_adapter lorad --student_rank 4 --fake_adapter lorad --fake_rank 2".split()
 # What the sources say, typed a second time: timesteps of student and fake, guidance of teacher and fake, whether single
@@ -174,12 +166,12 @@ def test_start_of_the_student(tmp_path):
 @pytest.mark.parametrize("name", objectives.OBJECTIVES)
 def test_a_run_of_each_objective_is_exported_as_it_was_trained(tmp_path, base_folder, name):
     """With the preset's own adapters; the exported denoiser and scheduler, in the stock pipeline, draw what it drew."""
-    range_ = "--guidance_scale_min 2 --guidance_scale_max 7" if name == "pg_sb" else ""
+    own = {"pg_sb": "--guidance_scale_min 2 --guidance_scale_max 7", "dmd2": "--fake_updates_per_step 2"}.get(name, "")
     rates = "--learning_rate 0.01 --fake_learning_rate 0.01 --lr_scheduler constant --student_adapter full"
     given = (
         f"--pretrained_teacher_model {base_folder} --shapes_captions 5 --output_dir {tmp_path} --train_batch_size 2"
     )
-    args = f"{given} --objective {name} {range_} {rates} --max_train_steps 2 --validation_steps 2 --no-use_ema"
+    args = f"{given} --objective {name} {own} {rates} --max_train_steps 2 --validation_steps 2 --no-use_ema"
     trained = WaDiTrainer(train_wadi.parse_args(args.split()))
     trained.train()
     assert len(list((tmp_path / "samples").iterdir())) == 2

@@ -1,8 +1,9 @@
 """The plan of a run: counted from shapes, it has to agree with the run itself."""
 
+from functools import partial
+
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from wadi_script import train_wadi
 
 from diffusers_wadi.distillation import checkpoint, planning
@@ -10,17 +11,8 @@ from diffusers_wadi.distillation.trainer import WaDiTrainer
 
 
 @pytest.fixture
-def run(base_folder, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red\nblue\nred blue\nblue red\na red r")
-
-    def arguments(*flags):
-        given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} --output_dir {tmp_path / 'out'}"
-        sizes = "--student_rank 4 --fake_rank 2 --train_batch_size 2 --validation_steps 0 --attention plain"
-        return train_wadi.parse_args(f"{given} {sizes}".split() + [str(flag) for flag in flags])
-
-    yield arguments
-    AcceleratorState._reset_state(reset_partial_state=True)
+def run(tiny_run):
+    return partial(tiny_run, *"--validation_steps 0 --attention plain".split())
 
 
 def test_live_memory():
@@ -41,7 +33,7 @@ def test_live_memory():
 
 
 KINDS = {
-    "release": "",
+    "release, accumulating": "--gradient_accumulation_steps 2",
     "with regression, an average, other adapters": "--warmup_regression_steps 1 --warmup_regression_pairs 2 "
     "--warmup_num_inference_steps 1 --use_ema --student_adapter lora --fake_adapter full",
     "SiD, checkpointing": "--score_loss sid --gradient_checkpointing",
@@ -50,13 +42,14 @@ KINDS = {
 
 @pytest.mark.parametrize("flags", KINDS.values(), ids=KINDS)
 def test_the_plan_is_what_the_run_takes(run, flags):
-    flags = f"{flags} --max_train_steps 3 --gradient_accumulation_steps 2 --checkpointing_steps 2".split()
+    images = 4 if "accumulation" in flags else 2
+    flags = f"{flags} --max_train_steps 3 --checkpointing_steps 2".split()
     plan = planning.make_plan(run(*flags, "--dry_run"))
     trained = WaDiTrainer(run(*flags))
     roles = {role: sum(p.numel() for p in trained.networks.role_state(role).values()) for role in ("student", "fake")}
     assert plan.trainable == roles
     assert sum(plan.updates.values()) == trained.total_steps
-    assert (plan.images, plan.prompts, plan.images_per_update) == (12, 5, 4)
+    assert (plan.images, plan.prompts, plan.images_per_update) == (3 * images, 5, images)
     updates = [trained.steps.vsd_update]
     if "--warmup_regression_steps" in flags:
         updates.insert(0, trained.steps.warmup_update)

@@ -1,6 +1,7 @@
 """One adapted Linear: identity, precision, scales, several adapters, merging, and what it refuses."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -12,6 +13,8 @@ from reference import reference_lorad_linear, reference_rotate
 from torch import nn
 
 from diffusers_wadi.lorad import LoRaDConfig, LoRaDLinear, rotate
+from diffusers_wadi.lorad.layer import TurnedWeightLayer
+from diffusers_wadi.lorad.model import _LAYERS
 
 IN, OUT = 8, 6
 
@@ -310,3 +313,15 @@ def test_layers_that_cannot_be_adapted(base, message):
 def test_rank_below_one():
     with pytest.raises(ValueError, match="at least 1, got 0"):
         layer().update_layer("b", 0, LoRaDConfig())
+
+
+def test_a_kind_of_layer_has_to_say_what_its_weight_does():
+    class Half(TurnedWeightLayer):
+        adapts = (nn.Linear,)
+
+        def _plain(self, x):
+            return x
+
+    with pytest.raises(TypeError, match="abstract method '?_turned"):
+        Half(nn.Linear(4, 4), "default", 2, LoRaDConfig(r=2))
+    assert _LAYERS and not any(map(inspect.isabstract, _LAYERS.values()))

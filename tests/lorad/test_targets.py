@@ -3,11 +3,14 @@
 import pytest
 from backbones import PIXART_ALPHA_256, SD15_UNET, SD21_UNET, add_adapter, meta_model, tiny_pixart, tiny_unet
 from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, UNet2DModel
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from reference import reference_parameter_count
 from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from diffusers_wadi.lorad import DEFAULT_RANKS, LoRaDConfig, lorad_target_modules, trainable_parameter_count
+from diffusers_wadi.lorad.targets import adaptable_linears
 
 BACKBONES = {
     "sd15": (UNet2DConditionModel, SD15_UNET),
@@ -104,3 +107,43 @@ def test_a_backbone_without_such_layers():
         setattr(unet, part, nn.Identity())
     with pytest.raises(ValueError, match="no Linear layer of the kind the paper adapts for the student"):
         lorad_target_modules(unet)
+
+
+class Mixed(nn.Module):
+    """Layers of every kind; the last four could not be adapted."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin1, self.lin10, self.conv1d = nn.Linear(4, 4), nn.Linear(4, 4), Conv1D(4, 4)
+        self.block, self.other = nn.ModuleDict({"proj": nn.Linear(4, 4)}), nn.ModuleDict({"proj": nn.Embedding(5, 1)})
+        self.embedding, self.conv = nn.Embedding(5, 1), nn.Conv2d(1, 4, 1)
+        self.attention = nn.MultiheadAttention(4, 2, kdim=3)
+
+
+def test_all_linear_looks_at_linear_layers_alone():
+    """Every layer that is to be adapted is checked before anything is changed, and no other."""
+    model = Mixed()
+    names = ["lin1", "lin10", "conv1d", "block.proj", "attention.out_proj"]
+    assert [name for name, _ in adaptable_linears(model)] == names
+    with pytest.warns(UserWarning, match="attention.out_proj"):
+        inject_adapter_in_model(LoRaDConfig(r=2, target_modules="all-linear"), model)
+    adapted = [name for name, module in model.named_modules() if "default" in getattr(module, "lorad_A", ())]
+    assert adapted == names[:4]
+    with pytest.raises(ValueError, match="Mixed with 5 Linear layers, such as lin1, lin10, conv1d"):
+        inject_adapter_in_model(LoRaDConfig(target_modules=["lin2"]), Mixed())
+
+
+def test_adapted_layers_count_once_under_their_own_names():
+    model = Mixed()
+    before = list(adaptable_linears(model))
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=["lin1"]), model, "lora")
+    assert list(adaptable_linears(model)) == before
+    inject_adapter_in_model(LoRaDConfig(r=2, target_modules=["lin1"]), model, "lorad")  # over the LoRA
+    assert list(adaptable_linears(model)) == before
+
+
+def test_all_linear_leaves_out_what_peft_leaves_out():
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=4, n_positions=8, vocab_size=8, **ends))
+    inject_adapter_in_model(LoRaDConfig(r=2, target_modules="all-linear"), model)
+    assert type(model.lm_head) is nn.Linear and type(model.transformer.h[0].mlp.c_fc) is not Conv1D

@@ -1,3 +1,4 @@
+import inspect
 import json
 import shutil
 import subprocess
@@ -15,8 +16,8 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
 )
-from diffusers.utils import logging
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from peft import LoraConfig
 
 from diffusers_wadi import WaDiPipeline, one_step_scheduler
 
@@ -26,15 +27,6 @@ LEADING = DDIMScheduler(**SD_BETAS, clip_sample=False)
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(StableDiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """The warnings that the pipeline logs."""
-    messages = []
-    logger = logging.get_logger("diffusers_wadi.pipelines._one_step")
-    monkeypatch.setattr(logger, "warning", messages.append)
-    return messages
 
 
 @pytest.fixture
@@ -121,6 +113,18 @@ def test_fused_and_unloaded_is_still_the_one_step_model(pipe):
     np.testing.assert_allclose(draw(pipe), before, atol=1e-4)
 
 
+def test_one_step_as_long_as_any_lorad_acts(pipe):
+    add_random_adapter(pipe.unet, "other", targets=["proj_in"])
+    for name in ("student", "other"):  # on some of the layers each
+        pipe.unet.set_adapter(name)
+        assert pipe.is_one_step
+    pipe.fuse_lorad()
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["conv_in"]), "style")
+    assert pipe.unet.active_adapters() == ["style"] and pipe.is_one_step  # it is in the weights
+    pipe.unfuse_lorad()
+    assert not pipe.is_one_step
+
+
 def test_bad_scheduler_put_in_later_is_refused(pipe):
     pipe.scheduler = LEADING
     with pytest.raises(ValueError, match=r"feed \[1\].*one_step_scheduler"):
@@ -174,6 +178,8 @@ def test_step_arithmetic_is_float32(components, dtype, error):
     outside = error_of_step()
     with pipe._ready(1, None, 1.0, False):
         inside = error_of_step()
+        # Stock looks there for what it may pass: eta and generator.
+        assert inspect.signature(pipe.scheduler.step) == inspect.signature(original.step)
     print(f"{dtype}: stock {outside:.4f}, float32 step {inside:.4f}")
     assert inside < error and inside < 0.85 * outside
     assert pipe.scheduler is original and "step" not in vars(original)
@@ -230,8 +236,9 @@ def test_complete_folder_and_adapter_folder(base_folder, adapter_folder, said):
     assert said == []
 
 
-def test_dtype_reaches_the_base_and_not_the_angles(adapter_folder):
-    pipe = WaDiPipeline.from_pretrained(adapter_folder, dtype=torch.bfloat16)
+@pytest.mark.parametrize("argument", ["dtype", "torch_dtype"])
+def test_dtype_reaches_the_base_and_not_the_angles(adapter_folder, argument):
+    pipe = WaDiPipeline.from_pretrained(adapter_folder, **{argument: torch.bfloat16})
     dtypes = {p.dtype for name, p in pipe.unet.named_parameters() if "lorad_" in name}
     assert pipe.unet.dtype == pipe.vae.dtype == torch.bfloat16 and dtypes == {torch.float32}
 
@@ -438,3 +445,11 @@ def test_from_pipe_keeps_dtype_and_auto_pipelines_know_us(pipe):
     other = AutoPipelineForImage2Image.from_pipe(pipe, dtype=torch.float16)
     assert type(other).__name__ == "StableDiffusionImg2ImgPipeline"
     assert type(AutoPipelineForText2Image.from_pipe(pipe, dtype=torch.float16)) is WaDiPipeline
+
+
+def test_from_pipe_in_another_dtype_and_of_a_teacher(pipe):
+    for argument in ("dtype", "torch_dtype"):
+        assert WaDiPipeline.from_pipe(pipe, **{argument: torch.bfloat16}).dtype == torch.bfloat16
+        pipe.to(torch.float32)
+    pipe.unload_lorad_weights()
+    assert not WaDiPipeline.from_pipe(pipe).is_one_step

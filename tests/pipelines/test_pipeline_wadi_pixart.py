@@ -15,7 +15,6 @@ from diffusers import (
     PixArtAlphaPipeline,
     UniPCMultistepScheduler,
 )
-from diffusers.utils import logging
 from safetensors.torch import save_file
 from tiny_pixart import LINEAR_BETAS, pixart_pipeline
 
@@ -38,13 +37,6 @@ AUTHORS = "rotated_transformer.safetensors"
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    messages = []
-    monkeypatch.setattr(logging.get_logger("diffusers_wadi.pipelines._one_step"), "warning", messages.append)
-    return messages
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +176,11 @@ def test_sizes(pipe, monkeypatch):
     assert draw(pipe, height=32, width=48).shape == (1, 4, 4, 6)
     encode = pipe.encode_prompt
     monkeypatch.setattr(pipe, "encode_prompt", lambda *args, **kwargs: pytest.fail("worked before checking"))
-    with pytest.raises(ValueError, match="multiples of 16 .* got 72 and 64"):
-        draw(pipe, height=72, width=64)
+    for height, width in ((72, 64), (64, 72)):
+        with pytest.raises(ValueError, match=f"multiples of 16 .* got {height} and {width}"):
+            draw(pipe, height=height, width=width)
+    with pytest.raises(ValueError, match="Provide either `prompt`"):
+        draw(pipe, None)
     monkeypatch.setattr(pipe, "encode_prompt", encode)
     pipe.transformer.register_to_config(sample_size=32)
     assert draw(pipe, height=64, width=64, output_type="np").shape == (1, 64, 64, 3)  # drawn at 256, resized
@@ -275,6 +270,20 @@ def test_a_scheduler_made_for_one_step_is_kept(base, adapter, tmp_path, said):
     pipe.save_pretrained(tmp_path / "complete")
     again = WaDiPixArtPipeline.from_pretrained(tmp_path / "complete")
     assert again.scheduler.alphas_cumprod[-1] == own.alphas_cumprod[-1] and said == []
+
+
+def test_a_scheduler_that_would_do_but_was_not_made_for_one_step(base, adapter, tmp_path, said):
+    """Replaced in a checkpoint, since it ends at the schedule's own value; kept where the caller gives it."""
+    would_do = UniPCMultistepScheduler(**LINEAR_BETAS, timestep_spacing="trailing")
+    assert WaDiPixArtPipeline.from_pretrained(base, scheduler=would_do).scheduler is would_do and said == []
+    would_do = DDIMScheduler(**LINEAR_BETAS, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=False)
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    would_do.save_pretrained(folder / "scheduler")
+    pipe = WaDiPixArtPipeline.from_pretrained(folder)
+    assert abs(pipe.scheduler.alphas_cumprod[-1].item() - 0.0047) < 1e-6
+    assert len(said) == 1 and "DDIMScheduler" in said[0] and "not made for one step" in said[0]
+    pipe.disable_lora()  # after two replacements the teacher has the base's own
+    assert torch.equal(many(pipe), many(PixArtAlphaPipeline.from_pretrained(base)))
 
 
 @pytest.fixture

@@ -12,19 +12,19 @@ import socket
 import time
 
 import pytest
-import torch
 from killable_run import KillableRun, outcome
+from wadi_script import PROMPTS, SIZES, assert_same
 
 KILLS = int(os.environ.get("WADI_KILLS", 2))
-STEPS = 7
+STEPS = 5
 
 
 @pytest.fixture(scope="module")
 def flags(base_folder, tmp_path_factory):
     """Flags of a tiny run into a folder: checkpoints every other step, in the middle of an epoch, two batches a step."""
     prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
-    prompts.write_text("red\nblue\nred blue\nblue red\na red r")
-    given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} --student_rank 4 --fake_rank 2"
+    prompts.write_text("\n".join(PROMPTS))
+    given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} {' '.join(SIZES)}"
     small = "--train_batch_size 1 --gradient_accumulation_steps 2 --validation_steps 0 --use_ema --learning_rate 0.01"
     often = f"--max_train_steps {STEPS} --checkpointing_steps 2 --checkpoints_total_limit 2 --num_threads 1"
     resume = "--resume_from_checkpoint latest"
@@ -38,22 +38,6 @@ def uninterrupted(flags, tmp_path_factory):
     run, start = KillableRun(flags(folder)), time.perf_counter()
     assert run.finish() == 0
     return outcome(folder, STEPS), time.perf_counter() - start
-
-
-def assert_same(one, other, where="outcome"):
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for i, pair in enumerate(zip(one, other)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert one == other, where
 
 
 def checkpoints(folder):

@@ -1,32 +1,22 @@
 """`training/train_wadi.py --push_to_hub` against the stand-in Hub."""
 
 import io
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 from hub_server import READ, WRITE
 from PIL import Image
-from wadi_script import train_wadi
 
 from diffusers_wadi import WaDiPipeline
 from diffusers_wadi.distillation.trainer import WaDiTrainer
 
 
 @pytest.fixture
-def parse(base_folder, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red\nblue\nred blue")
-
-    def arguments(*flags):
-        given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} --output_dir {tmp_path / 'out'}"
-        sizes = "--student_rank 4 --fake_rank 2 --train_batch_size 2 --max_train_steps 1 --push_to_hub"
-        return train_wadi.parse_args(f"{given} {sizes}".split() + [str(flag) for flag in flags])
-
-    yield arguments
-    AcceleratorState._reset_state(reset_partial_state=True)
+def parse(tiny_run):
+    return partial(tiny_run, "--max_train_steps", 1, "--push_to_hub")
 
 
 def test_the_student_is_uploaded_with_its_card(parse, hub, base_folder):
@@ -41,11 +31,11 @@ def test_the_student_is_uploaded_with_its_card(parse, hub, base_folder):
     _, header, body = repository.files["README.md"].decode().split("---\n", 2)
     data = yaml.safe_load(header)
     assert (data["base_model"], data["license"]) == ("org/teacher", "apache-2.0")
-    for part in ("rank 4", "Training steps | 1 ", "3 prompts, no images", "Learning rate | 0.0001", '"red"; "blue"'):
+    for part in ("rank 4", "Training steps | 1 ", "5 prompts, no images", "Learning rate | 0.0001", '"red"; "blue"'):
         assert part in body, part
     grid = Path(args.output_dir) / "samples" / "step-000001.png"
     assert repository.files["samples.png"] == grid.read_bytes()
-    assert Image.open(io.BytesIO(repository.files["samples.png"])).size == (192, 64)
+    assert Image.open(io.BytesIO(repository.files["samples.png"])).size == (5 * 64, 64)
     assert not any(WRITE.encode() in content for content in repository.files.values())
     student = WaDiPipeline.from_pretrained("org/student", token=READ)
     local = WaDiPipeline.from_pretrained(args.output_dir, base_model=base_folder)

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState
 from wadi_script import train_wadi
 
 from diffusers_wadi.distillation import losses, noise
@@ -67,17 +66,10 @@ def test_the_named_test_exists(defect):
 
 
 @pytest.fixture
-def run(base_folder, tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red\nblue\nred blue\nblue red")
-
-    def arguments(name, *flags):
-        given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} --output_dir {tmp_path / name}"
-        sizes = "--student_rank 4 --fake_rank 2 --train_batch_size 4 --validation_steps 0 --max_train_steps 2"
-        return train_wadi.parse_args(f"{given} {sizes}".split() + [str(flag) for flag in flags])
-
-    yield arguments
-    AcceleratorState._reset_state(reset_partial_state=True)
+def run(tiny_run):
+    """Parse flags for a tiny run; `name` is the output folder."""
+    small = "--train_batch_size 4 --validation_steps 0 --max_train_steps 2".split()
+    return lambda name, *flags: tiny_run(*small, *flags, name=name)
 
 
 def test_gradient_checkpointing_is_active(run):
@@ -203,7 +195,6 @@ def test_defaults_are_enough(base_folder, tmp_path, monkeypatch):
     flags = f"--pretrained_teacher_model {base_folder} --train_prompts prompts.txt --max_train_steps 2"
     train_wadi.main(train_wadi.parse_args([*flags.split(), *"--student_rank 4 --fake_rank 2".split()]))
     assert sorted(p.name for p in Path("wadi-model/samples").iterdir()) == ["step-000000.png", "step-000002.png"]
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_the_script_is_a_module():

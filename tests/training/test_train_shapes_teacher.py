@@ -1,25 +1,19 @@
 """The teacher's script: resuming equals not stopping, and what it writes is an ordinary pipeline."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
+from wadi_script import load_script
 
 from diffusers_wadi.shapes import models, pixart, teachers
 
-SCRIPT = Path(__file__).parents[2] / "training" / "train_shapes_teacher.py"
-SMALL = ["--num_train_images", "64", "--vae_batch_size", "2", "--unet_batch_size", "2", "--device", "cpu"]
+SMALL = ["--num_train_images", "16", "--vae_batch_size", "2", "--unet_batch_size", "2", "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_shapes_teacher", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_shapes_teacher")
 
 
 def run(script, folder, *flags, name="unet"):
@@ -153,7 +147,9 @@ def test_the_kl_weight_rises_after_its_warmup(script, tmp_path, monkeypatch):
         return vae_loss(vae, pixels, generator, kl_weight)
 
     monkeypatch.setattr(script, "vae_loss", recorded)
-    run(script, tmp_path, "--vae_steps", "4", "--unet_steps", "1", "--kl_weight", "4e-3", "--kl_warmup_steps", "2")
+    flags = ["--vae_steps", "4", "--kl_weight", "4e-3", "--kl_warmup_steps", "2"]
+    args = script.parse_args(["--output_dir", str(tmp_path), *SMALL, *flags])
+    script.train_vae(args, np.zeros((2, 64, 64, 3), dtype=np.uint8))
     assert weights == [1e-4, 1e-4, 4e-3, 4e-3]
 
 

@@ -7,37 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from conftest import tiny_unet
 from PIL import Image
-from wadi_script import train_wadi
+from wadi_script import PROMPTS, assert_same, train_wadi
 
 from diffusers_wadi import LoRaDConv2d, WaDiPipeline, load_lorad_adapter
 from diffusers_wadi.distillation import checkpoint, regression, steps, trainer
 from diffusers_wadi.distillation.trainer import WaDiTrainer
 
-PROMPTS = ["red", "blue", "red blue", "blue red", "a red r"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    """accelerate refuses a second precision in one process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 @pytest.fixture
-def run(base_folder, tmp_path):
+def run(tiny_run):
     """Parse flags for a tiny run; `name` is the output folder."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("\n".join(PROMPTS))
-
-    def arguments(name: str, *flags: str):
-        given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} --output_dir {tmp_path / name}"
-        sizes = "--student_rank 4 --fake_rank 2 --train_batch_size 2 --validation_steps 0"
-        return train_wadi.parse_args(f"{given} {sizes}".split() + [str(flag) for flag in flags])
-
-    return arguments
+    return lambda name, *flags: tiny_run("--validation_steps", 0, *flags, name=name)
 
 
 def state_of(trainer: WaDiTrainer) -> dict:
@@ -45,21 +27,6 @@ def state_of(trainer: WaDiTrainer) -> dict:
     networks, parts = trainer.networks, checkpoint.collect_state(trainer._parts())
     adapters = {f"{role}.{k}": v for role in ("student", "fake") for k, v in networks.role_state(role).items()}
     return {"adapters": adapters, "parts": parts}
-
-
-def assert_same(one, other, where: str = "state") -> None:
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_same(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, (list, tuple)):
-        assert len(one) == len(other), where
-        for i, pair in enumerate(zip(one, other)):
-            assert_same(*pair, f"{where}[{i}]")
-    else:
-        assert one == other, where
 
 
 RESUMED_RUNS = {

@@ -7,39 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, PixArtAlphaPipeline, StableDiffusionPipeline
 from tiny_pixart import pixart_pipeline
-from wadi_script import train_wadi
+from wadi_script import PROMPTS, train_wadi
 
 from diffusers_wadi import load_lorad_adapter
 from diffusers_wadi.distillation import losses, setup
 from diffusers_wadi.distillation.trainer import WaDiTrainer
 
-PROMPTS = ["red", "blue", "red blue", "blue red", "a red r"]
-SMALL = (
-    "--student_rank 4 --fake_rank 2 --train_batch_size 2 --validation_steps 0 --max_train_steps 2 --learning_rate 0.1"
-)
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
 
 @pytest.fixture
-def arguments(tmp_path):
-    """Checked flags of a tiny run on `teacher`; `flags` may name other prompts."""
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
-
-    def parse(teacher, *flags, name="out"):
-        given = ["--pretrained_teacher_model", teacher, "--output_dir", tmp_path / name, *SMALL.split(), *flags]
-        if not {"--dataset_name", "--shapes_captions", "--train_prompts"} & set(flags):
-            given += ["--train_prompts", tmp_path / "prompts.txt"]
-        return train_wadi.parse_args([str(flag) for flag in given])
-
-    return parse
+def arguments(tiny_run):
+    """Checked flags of a tiny run on `teacher`."""
+    few = "--validation_steps 0 --max_train_steps 2 --learning_rate 0.1".split()
+    return lambda teacher, *flags, name="out": tiny_run(*few, *flags, teacher=teacher, name=name)
 
 
 def one_step(trained: WaDiTrainer) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """The flags of `training/train_wadi.py`: defaults, refusals, help. Nothing is loaded or trained."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,16 @@ def test_defaults_are_the_releases(parse):
     defaults = vars(parse())
     assert {name: defaults[name] for name in RELEASE} == RELEASE
     assert defaults["fake_guidance_scale"] is None  # the teacher's
+
+
+def test_the_number_of_threads_is_set_where_accelerate_looks(parse, monkeypatch):
+    """Of several processes on CPUs, each would otherwise get a thread for every core."""
+    given = []
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setattr("torch.set_num_threads", given.append)
+    monkeypatch.setattr(train_wadi, "make_plan", lambda args: "the plan")
+    train_wadi.main(parse("--dry_run", "--num_threads", 3))
+    assert os.environ["OMP_NUM_THREADS"] == "3" and given == [3]
 
 
 def test_every_flag_is_explained_and_used(parse, capsys):

@@ -1,15 +1,15 @@
 """What a run shows: samples through the pipeline, trackers, updates left out, and no waiting for the device."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
-from wadi_script import train_wadi
+from wadi_script import PROMPTS
 
 from diffusers_wadi import WaDiPipeline
 from diffusers_wadi.distillation import guard, monitoring, samples, steps
@@ -17,18 +17,8 @@ from diffusers_wadi.distillation.trainer import WaDiTrainer
 
 
 @pytest.fixture
-def run(base_folder, tmp_path):
-    """Parse flags for a tiny run into `tmp_path / "out"`."""
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("red\nblue\nred blue")
-
-    def arguments(*flags):
-        given = f"--pretrained_teacher_model {base_folder} --train_prompts {prompts} --output_dir {tmp_path / 'out'}"
-        sizes = "--student_rank 4 --fake_rank 2 --train_batch_size 2 --validation_steps 0 --learning_rate 0.1"
-        return train_wadi.parse_args(f"{given} {sizes}".split() + [str(flag) for flag in flags])
-
-    yield arguments
-    AcceleratorState._reset_state(reset_partial_state=True)
+def run(tiny_run):
+    return partial(tiny_run, *"--validation_steps 0 --learning_rate 0.1".split())
 
 
 class Tracker:
@@ -58,8 +48,8 @@ def test_samples_are_what_users_get_and_all_trackers_get_them(run, base_folder, 
     grid = Image.open(Path(args.output_dir) / "samples" / "step-000002.png")
 
     pipe = WaDiPipeline.from_pretrained(args.output_dir)
-    noise = torch.randn(3, *trained.latent_shape, generator=torch.Generator().manual_seed(0))
-    images = pipe(["red", "blue", "red blue"], latents=noise).images
+    noise = torch.randn(len(PROMPTS), *trained.latent_shape, generator=torch.Generator().manual_seed(0))
+    images = pipe(PROMPTS, latents=noise).images
     expected = np.concatenate([np.asarray(image) for image in images], axis=1).astype(int)
     assert np.abs(np.asarray(grid).astype(int) - expected).max() <= 1
     assert np.asarray(grid).std() > 1

@@ -7,6 +7,7 @@ through :meth:`Backbone.eps`, which is an epsilon prediction whatever the networ
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from .text_encoders import PIXART_MAX_LENGTH, CLIPEncoder, T5Encoder, TextEncode
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
-class Backbone:
+class Backbone(ABC):
     """A teacher checkpoint: loads its parts, and calls its denoiser. Made by :func:`load_backbone`.
 
     Args:
@@ -103,8 +104,9 @@ class Backbone:
     def _load_tokenizer(self):
         return self._load(getattr(transformers, self.index["tokenizer"][1]), "tokenizer")
 
+    @abstractmethod
     def _encoder(self, tokenizer, model: nn.Module) -> TextEncoder:
-        raise NotImplementedError
+        """Both as one function."""
 
     def load_denoiser(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The frozen UNet or transformer; :meth:`eps` calls it in ``dtype`` from then on."""
@@ -186,8 +188,9 @@ class Backbone:
         # v = alpha eps - sigma x0 and x_t = alpha x0 + sigma eps, so eps = alpha v + sigma x_t.
         return self._alphas[t].view(-1, 1, 1, 1) * out + self._sigmas[t].view(-1, 1, 1, 1) * x_t
 
+    @abstractmethod
     def _call(self, model: nn.Module, x_t: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What the denoiser predicts, (B, C, H, W), everything in ``dtype``."""
 
 
 class StableDiffusionBackbone(Backbone):

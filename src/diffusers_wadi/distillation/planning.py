@@ -160,8 +160,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     schedule = setup.load_schedule(args, backbone)
     store = setup.load_prompts(args, SimpleNamespace(is_main_process=True, wait_for_everyone=lambda: None))
     base_dtype = setup.base_dtype(args, state.device)
-    plain_attention = args.attention == "plain" or (args.attention == "auto" and state.device.type == "cpu")
-    networks = _networks_of_shapes(args, backbone, base_dtype, plain_attention)
+    networks = _networks_of_shapes(args, backbone, base_dtype, setup.plain_attention(args, state.device))
     trainable = {role: sum(p.numel() for p in networks.role_state(role).values()) for role in (STUDENT, FAKE)}
     per_update = args.train_batch_size * args.gradient_accumulation_steps * state.num_processes
     updates = _updates(args, len(store), per_update)

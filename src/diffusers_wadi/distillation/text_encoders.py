@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 PIXART_MAX_LENGTH = 120  # what `PixArtAlphaPipeline` pads to
 
 
-class TextEncoder:
+class TextEncoder(ABC):
     """A tokenizer and a text model as a function prompts -> (B, L, D) on the model's device and in its dtype.
 
     Args:
@@ -40,9 +41,9 @@ class TextEncoder:
         ).to(self.model.device)
         return self.encode_tokens(tokens.input_ids, tokens.attention_mask)
 
+    @abstractmethod
     def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(B, L) ids and attention mask -> (B, L, D)."""
-        raise NotImplementedError
 
     def token_lengths(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt before any cutting, special tokens included."""

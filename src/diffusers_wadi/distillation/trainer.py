@@ -120,8 +120,7 @@ class WaDiTrainer:
     def _load_networks(self) -> None:
         args = self.args
         model = self.backbone.load_denoiser(setup.base_dtype(args, self.device))
-        # On a CPU the backward of fused attention takes longer than all the rest of a small UNet.
-        if args.attention == "plain" or (args.attention == "auto" and self.device.type == "cpu"):
+        if setup.plain_attention(args, self.device):
             model.set_attn_processor(AttnProcessor())
         if args.channels_last:
             model.to(memory_format=torch.channels_last)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusers_wadi.lorad.layer import LoRaDLayer
+from diffusers_wadi.lorad.layer import TurnedWeightLayer
 from diffusers_wadi.lorad.rotation import (
     _autocast_dtype,
     _autocast_off,
@@ -108,20 +108,13 @@ def _backward(grad: Tensor, x: Tensor, weight: Tensor, settings: Settings, needs
     )
 
 
-class _LoRaDConvNd(nn.Module, LoRaDLayer):
-    """A convolution with LoRaD adapters: stride, padding of every kind, dilation and groups as the base has them."""
+class _LoRaDConvNd(TurnedWeightLayer):
+    """A convolution with LoRaD adapters: stride, padding of every kind, dilation and groups as the base has them.
+
+    (batch, in, *size) or (in, *size) -> the same with out channels.
+    """
 
     adapts = CONVOLUTIONS
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: Any) -> None:
-        super().__init__()
-        LoRaDLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, config)
-
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """x: (batch, in, *size) or (in, *size) -> the same with out channels; `adapter_names`: see `LoRaDLinear`."""
-        return self._adapted(x, adapter_names)
 
     def _turned(self, x: Tensor, A: Tensor, B: Tensor, bias: bool = True) -> Tensor:
         inner = self.get_base_layer()
@@ -136,9 +129,6 @@ class _LoRaDConvNd(nn.Module, LoRaDLayer):
     def _plain(self, x: Tensor) -> Tensor:
         inner = self.get_base_layer()
         return inner._conv_forward(x, inner.weight, None)
-
-    def __repr__(self) -> str:
-        return "lorad." + super().__repr__()
 
 
 def _padded(x: Tensor, conv: nn.Module) -> tuple[Tensor, tuple[int, ...]]:

@@ -5,38 +5,28 @@ token, a row of (num_embeddings, embedding_dim). So the pairs are adjacent colum
 angles of its own, and its vector keeps its length.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from diffusers_wadi.lorad.layer import LoRaDLayer, LoRaDLinear
+from diffusers_wadi.lorad.layer import LoRaDLinear, OneTensorLayer
 from diffusers_wadi.lorad.offload import onloaded
 from diffusers_wadi.lorad.rotation import lorad_linear, rotate_weight, turned_rows
 
 __all__ = ["LoRaDEmbedding", "LoRaDTransposedLinear"]
 
 
-class LoRaDEmbedding(nn.Module, LoRaDLayer):
+class LoRaDEmbedding(OneTensorLayer):
     """`nn.Embedding` with LoRaD adapters: `A` (num_embeddings, r), `B` (r, embedding_dim // 2).
+
+    (...) of token numbers -> (..., embedding_dim).
 
     Only the vectors that are looked up are turned, and only their rows of `A` get a gradient. As in the base,
     `padding_idx` gets none, so that its vector stays as it is; `sparse` and `scale_grad_by_freq` hold for `A`.
     """
 
     adapts = (nn.Embedding,)
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: Any) -> None:
-        super().__init__()
-        LoRaDLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, config)
-
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """x: (...) of token numbers -> (..., embedding_dim); `adapter_names`: see `LoRaDLinear`."""
-        return self._adapted(x, adapter_names)
 
     @torch.no_grad()
     def reset_lorad_parameters(self, adapter_name: str, identity: bool = True) -> None:
@@ -74,9 +64,6 @@ class LoRaDEmbedding(nn.Module, LoRaDLayer):
                 "could not be taken out again. Limit its vectors once (`weight.data.renorm_(2, 0, max_norm)`) and set "
                 "`max_norm = None` before merging, or use the adapter unmerged."
             )
-
-    def __repr__(self) -> str:
-        return "lorad." + super().__repr__()
 
 
 class LoRaDTransposedLinear(LoRaDLinear):

@@ -1,5 +1,6 @@
 """LoRaD on one layer: a wrapper that keeps the base layer frozen and turns its weight on the way through."""
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from diffusers_wadi.lorad.quantization import dequantized, is_quantized, lorad_q
 from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear
 from diffusers_wadi.lorad.targets import weight_vectors
 
-__all__ = ["LoRaDLayer", "LoRaDLinear"]
+__all__ = ["LoRaDLayer", "LoRaDLinear", "OneTensorLayer", "TurnedWeightLayer"]
 
 BASE_MODEL = "__base__"  # PEFT's name, in a mixed batch, for no adapter
 
@@ -165,8 +166,23 @@ class LoRaDLayer(MergingLayer):
     def _acting(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.lorad_A]
 
-    def _adapted(self, x: Tensor, adapter_names: list[str] | None) -> Tensor:
-        """The forward pass of every kind of layer."""
+
+class OneTensorLayer(nn.Module, LoRaDLayer):
+    """A layer that is called with one tensor, whose first axis is the batch where samples have adapters of their own."""
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: LoRaDConfig) -> None:
+        super().__init__()
+        LoRaDLayer.__init__(self, base_layer)
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config)
+
+    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
+        """Input and output have the shapes of the base layer.
+
+        Args:
+            adapter_names: for every sample of the batch the adapter that acts on it, or "__base__" for none. Default
+                None: the active adapters act on all.
+        """
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         if self.disable_adapters:
@@ -199,6 +215,17 @@ class LoRaDLayer(MergingLayer):
                 y[rows] = self._with_adapters(x[rows], [name])
         return y
 
+    @abstractmethod
+    def _with_adapters(self, x: Tensor, names: list[str]) -> Tensor:
+        """The output with these adapters, at least one."""
+
+    def __repr__(self) -> str:
+        return "lorad." + super().__repr__()
+
+
+class TurnedWeightLayer(OneTensorLayer):
+    """A layer that multiplies its input by its weight: the weight is turned on the way."""
+
     def _with_adapters(self, x: Tensor, names: list[str]) -> Tensor:
         modules = (self.get_base_layer(), self.lorad_A, self.lorad_B)
         if is_offloaded(*modules):
@@ -218,34 +245,19 @@ class LoRaDLayer(MergingLayer):
         change = self._turned(x, A, B, bias=False) - self._plain(x)  # exactly 0 at angle 0
         return self.base_layer(x) + change
 
+    @abstractmethod
     def _turned(self, x: Tensor, A: Tensor, B: Tensor, bias: bool = True) -> Tensor:
         """The layer's output with the weight turned by the angles A @ B, with or without the bias."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _plain(self, x: Tensor) -> Tensor:
         """The layer's output without adapters and without bias."""
-        raise NotImplementedError
 
 
-class LoRaDLinear(nn.Module, LoRaDLayer):
-    """`nn.Linear` with LoRaD adapters: `y = x @ rotate(W, sum of angles)^T + bias`."""
+class LoRaDLinear(TurnedWeightLayer):
+    """`nn.Linear` with LoRaD adapters: `y = x @ rotate(W, sum of angles)^T + bias`, (..., in) -> (..., out)."""
 
     adapts = (nn.Linear,)
-
-    def __init__(self, base_layer: nn.Module, adapter_name: str, r: int, config: LoRaDConfig) -> None:
-        super().__init__()
-        LoRaDLayer.__init__(self, base_layer)
-        self._active_adapter = adapter_name
-        self.update_layer(adapter_name, r, config)
-
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """x: (..., in) -> (..., out).
-
-        Args:
-            adapter_names: for every sample of the batch the adapter that acts on it, or "__base__" for none. Default
-                None: the active adapters act on all.
-        """
-        return self._adapted(x, adapter_names)
 
     def _turned(self, x: Tensor, A: Tensor, B: Tensor, bias: bool = True) -> Tensor:
         inner = self.get_base_layer()
@@ -260,6 +272,3 @@ class LoRaDLinear(nn.Module, LoRaDLayer):
         inner = self.get_base_layer()
         weight: Any = dequantized(inner).to(x.dtype) if is_quantized(inner) else inner.weight
         return F.linear(x, weight)
-
-    def __repr__(self) -> str:
-        return "lorad." + super().__repr__()
