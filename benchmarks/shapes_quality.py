@@ -2,6 +2,7 @@
 """Quality of the Shapes World teacher and student: attributes right, Fréchet distance, time. The README's numbers.
 
     python benchmarks/shapes_quality.py --output_dir benchmarks/results
+    python benchmarks/shapes_quality.py --output_dir benchmarks/results --backbone pixart
 
 Three generators are compared on the same held-out captions and seeds: the teacher (adapter off, 25 DDIM steps,
 guidance 3), the student (adapter on, one step) and the untrained student (adapter off, one step).
@@ -23,8 +24,15 @@ import scipy.linalg
 import torch
 from PIL import Image
 
-from diffusers_wadi import WaDiPipeline
-from diffusers_wadi.shapes import bundled_checkpoint, heldout_captions, judge_image, parse_caption, render_scenes
+from diffusers_wadi import one_step_pipeline_class
+from diffusers_wadi.shapes import (
+    FOLDERS,
+    bundled_checkpoint,
+    heldout_captions,
+    judge_image,
+    parse_caption,
+    render_scenes,
+)
 
 GENERATORS = {
     "teacher, 25 steps": {"adapter": False, "num_inference_steps": 25, "guidance_scale": 3.0},
@@ -57,7 +65,8 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 def generate(pipeline, captions: list[str], batch_size: int, adapter: bool, **call) -> np.ndarray:
     """uint8 images (n, 64, 64, 3). Image i starts from seed i, so that every generator sees the same noise."""
-    (pipeline.unet.enable_adapters if adapter else pipeline.unet.disable_adapters)()
+    denoiser = getattr(pipeline, pipeline.lorad_component)
+    (denoiser.enable_adapters if adapter else denoiser.disable_adapters)()
     images = []
     for start in range(0, len(captions), batch_size):
         batch = captions[start : start + batch_size]
@@ -116,6 +125,9 @@ def one_shape_captions() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=None, help="Adapter folder. Default: the bundled checkpoint.")
+    parser.add_argument(
+        "--backbone", choices=FOLDERS, default="stable-diffusion", help="Which of the bundled students."
+    )
     parser.add_argument("--num_captions", type=int, default=512, help="Held-out captions judged. Default: 512.")
     parser.add_argument(
         "--num_frechet", type=int, default=2000, help="Images for the Fréchet distance. Default: 2000."
@@ -128,7 +140,8 @@ def main() -> None:
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
 
-    pipeline = WaDiPipeline.from_pretrained(args.model or bundled_checkpoint())
+    model = args.model or bundled_checkpoint(args.backbone)
+    pipeline = one_step_pipeline_class(model).from_pretrained(model)
     pipeline.set_progress_bar_config(disable=True)
     if args.one_shape:
         for name, call in GENERATORS.items():
@@ -162,10 +175,11 @@ def main() -> None:
     if args.output_dir:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
+        stem = "shapes_quality" + ("_pixart" if args.backbone == "pixart" else "")
         for suffix, text in (("json", json.dumps(results, indent=2)), ("md", markdown(results))):
-            (folder / f"shapes_quality.{suffix}.tmp").write_text(text + "\n")
-            os.replace(folder / f"shapes_quality.{suffix}.tmp", folder / f"shapes_quality.{suffix}")
-        save_picture(stacks, captions, folder / "shapes_quality.png", columns=10)
+            (folder / f"{stem}.{suffix}.tmp").write_text(text + "\n")
+            os.replace(folder / f"{stem}.{suffix}.tmp", folder / f"{stem}.{suffix}")
+        save_picture(stacks, captions, folder / f"{stem}.png", columns=10)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ ALLOWED = {
         "_hub",
         "_offloading",
         "authors_files",
+        "downstream",  # ScaleCrafter alone, at use: see test_pipelines_reach_up_only_at_use
     },
     "distillation": {
         "lorad",
@@ -59,7 +60,31 @@ ALLOWED = {
         "_optional",
     },
     "conversion": {"lorad", "loaders", "pipelines", "_adapter_files", "_files"},
-    "cli": {"pipelines", "conversion", "shapes", "loaders", "schedulers", "_files", "_optional"},
+    "downstream": {"lorad", "loaders", "pipelines", "schedulers", "_files", "_optional"},
+    "customization": {
+        "lorad",
+        "loaders",
+        "downstream",
+        "distillation",
+        "model_card",
+        "_adapter_files",
+        "_adapter_ops",
+        "_files",
+        "_hub",
+    },
+    "analysis": {"lorad", "conversion", "authors_files", "_adapter_files", "_files", "_optional"},
+    "evaluation": {"pipelines", "loaders", "schedulers", "shapes", "_files", "_optional"},
+    "cli": {
+        "pipelines",
+        "conversion",
+        "analysis",
+        "evaluation",
+        "shapes",
+        "loaders",
+        "schedulers",
+        "_files",
+        "_optional",
+    },
 }
 OPTIONAL = {
     "scipy",
@@ -96,6 +121,23 @@ def part_of(path: Path) -> str:
 
 
 SOURCES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.parent != PACKAGE or path.name != "__init__.py"]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if part_of(p) == "downstream"], ids=lambda path: path.name)
+def test_downstream_tasks_do_not_know_one_another(path):
+    task = path.relative_to(PACKAGE / "downstream").parts[0].removesuffix(".py")
+    used = {name for name, _ in imports(path) if name.startswith("diffusers_wadi.downstream.")}
+    assert all(name.split(".")[2] == task for name in used), used
+
+
+def test_pipelines_reach_up_only_at_use():
+    """`pipe.enable_scalecrafter` is a method for those who look for it there; what it calls knows no pipeline."""
+    for path in [p for p in SOURCES if part_of(p) == "pipelines"]:
+        up = [(name, top) for name, top in imports(path) if name.startswith("diffusers_wadi.downstream")]
+        assert all(name == "diffusers_wadi.downstream.scalecrafter" and not top for name, top in up), (path.name, up)
+    for path in (PACKAGE / "downstream" / "scalecrafter").glob("*.py"):
+        used = {name for name, _ in imports(path) if name.startswith("diffusers_wadi.")}
+        assert all(name.startswith(("diffusers_wadi.lorad", "diffusers_wadi.downstream.")) for name in used), used
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -284,8 +284,12 @@ def save_pipeline(pipeline, folder: Path) -> None:
     beside = folder.with_name(folder.name + ".tmp")
     pipeline.to(torch.float16).save_pretrained(beside)
     # Loaded without a dtype, diffusers' models come as float32 but transformers' as their config says: make these agree.
-    config = beside / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for path in beside.glob("*/config.json"):
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)  # the folder of `--pretrained_vae`, which is nobody else's business
+        if path.parent.name == "text_encoder":
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
     if folder.exists():
         os.replace(folder, folder.with_name(f"{folder.name}.replaced-{os.getpid()}"))
     os.replace(beside, folder)

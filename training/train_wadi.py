@@ -28,6 +28,7 @@ from diffusers.optimization import SchedulerType
 
 from diffusers_wadi._optional import require
 from diffusers_wadi.distillation import adapters, losses, objectives
+from diffusers_wadi.distillation.distributed import set_num_threads
 from diffusers_wadi.distillation.monitoring import tracker_names
 from diffusers_wadi.distillation.planning import make_plan
 from diffusers_wadi.distillation.setup import DTYPES
@@ -405,10 +406,7 @@ def main(args: argparse.Namespace) -> None:
         SystemExit: Ctrl-C or SIGTERM stopped it, after a checkpoint; 130 or 143.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    if args.num_threads is not None:
-        # Without it accelerate gives each of several CPU processes a thread for every core.
-        os.environ["OMP_NUM_THREADS"] = str(args.num_threads)
-        torch.set_num_threads(args.num_threads)
+    set_num_threads(args.num_threads)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     logging.info("objective %s", objectives.describe(args))

@@ -43,7 +43,12 @@ if TYPE_CHECKING:
     )
     from diffusers_wadi.lorad.attention_processor import LoRaDAttnProcessor
     from diffusers_wadi.model_card import CardDetails
-    from diffusers_wadi.pipelines import WaDiPipeline, WaDiPixArtPipeline, one_step_pipeline_class
+    from diffusers_wadi.pipelines import (
+        WaDiControlNetPipeline,
+        WaDiPipeline,
+        WaDiPixArtPipeline,
+        one_step_pipeline_class,
+    )
     from diffusers_wadi.schedulers import check_one_step_scheduler, one_step_scheduler
     from diffusers_wadi.shapes import bundled_checkpoint
 
@@ -59,6 +64,7 @@ _HOMES = {
     "LoRaDLinear": "lorad",
     "LoRaDLoaderMixin": "loaders",
     "LoRaDModel": "lorad",
+    "WaDiControlNetPipeline": "pipelines",
     "WaDiPipeline": "pipelines",
     "WaDiPixArtPipeline": "pipelines",
     "add_weighted_adapter": "lorad",
@@ -95,6 +101,7 @@ __all__ = [
     "LoRaDLinear",
     "LoRaDLoaderMixin",
     "LoRaDModel",
+    "WaDiControlNetPipeline",
     "WaDiPipeline",
     "WaDiPixArtPipeline",
     "__version__",

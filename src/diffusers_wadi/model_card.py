@@ -69,7 +69,10 @@ class CardDetails:
 def with_sample_grid(pipe: Any, details: CardDetails | None) -> CardDetails:
     """`details` with a grid of its prompts, drawn by `pipe` if that is a one-step pipeline and none was given."""
     details = details or CardDetails()
-    if details.samples is not None or not details.prompts or not getattr(pipe, "is_one_step", False):
+    drawable = (
+        getattr(pipe, "is_one_step", False) and getattr(pipe, "controlnet", None) is None
+    )  # else it asks for images
+    if details.samples is not None or not details.prompts or not drawable:
         return details
     from diffusers.utils import make_image_grid
 
@@ -264,10 +267,11 @@ def _adapter_usage(repo_id: str, base: str | None, weight_name: str, pipeline: s
 
 
 def _pipeline_usage(repo_id: str, pipeline: str, prompt: str) -> str:
+    control = ", image=condition" if "ControlNet" in pipeline else ""
     return "\n\n".join(
         [
             "## Use it with diffusers alone",
-            _stock_code(repo_id, prompt),
+            _stock_code(repo_id, prompt, control),
             "One step, and no guidance: it is part of the model. The scheduler in this repository is set up for that step; "
             "keep it.",
             "## Use it with diffusers_wadi",
@@ -276,16 +280,16 @@ def _pipeline_usage(repo_id: str, pipeline: str, prompt: str) -> str:
                 f"from diffusers_wadi import {pipeline}",
                 "",
                 f"pipe = {pipeline}.from_pretrained({_quoted(repo_id)})",
-                f"image = pipe({_quoted(prompt)}).images[0]",
+                f"image = pipe({_quoted(prompt)}{control}).images[0]",
             ),
         ]
     )
 
 
-def _stock_code(source: str, prompt: str) -> str:
+def _stock_code(source: str, prompt: str, control: str = "") -> str:
     return _code(
         "from diffusers import DiffusionPipeline",
         "",
         f"pipe = DiffusionPipeline.from_pretrained({_quoted(source)})",
-        f"image = pipe({_quoted(prompt)}, num_inference_steps=1, guidance_scale=0).images[0]",
+        f"image = pipe({_quoted(prompt)}{control}, num_inference_steps=1, guidance_scale=0).images[0]",
     )

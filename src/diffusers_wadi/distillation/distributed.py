@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +33,16 @@ def refuse_sharding() -> None:
                 "here, which it would split or wrap as one model; only the adapters have gradients, so there is little "
                 "to split. Use plain data parallelism: `accelerate launch --multi_gpu`, or `accelerate config` again."
             )
+
+
+def set_num_threads(number: int | None) -> None:
+    """CPU threads of torch, None: as it is. To be called before an `Accelerator` is made.
+
+    Without the variable accelerate gives each of several CPU processes a thread for every core.
+    """
+    if number is not None:
+        os.environ["OMP_NUM_THREADS"] = str(number)
+        torch.set_num_threads(number)
 
 
 class RoleModule(nn.Module):

@@ -2,8 +2,15 @@
 
 from diffusers_wadi.pipelines._registry import one_step_pipeline_class, register_auto_pipelines, register_names
 from diffusers_wadi.pipelines.pipeline_wadi import WaDiPipeline
+from diffusers_wadi.pipelines.pipeline_wadi_controlnet import WaDiControlNetPipeline
 from diffusers_wadi.pipelines.pipeline_wadi_pixart import WaDiPixArtPipeline
 
-__all__ = ["WaDiPipeline", "WaDiPixArtPipeline", "one_step_pipeline_class", "register_auto_pipelines"]
+__all__ = [
+    "WaDiControlNetPipeline",
+    "WaDiPipeline",
+    "WaDiPixArtPipeline",
+    "one_step_pipeline_class",
+    "register_auto_pipelines",
+]
 
 register_names()

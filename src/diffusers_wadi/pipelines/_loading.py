@@ -174,12 +174,22 @@ def _refuse_other_kind(cls: type, source: Source, options: dict[str, Any]) -> No
     except OSError:  # loading says it better
         return
     index = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
-    if not index or index.get(cls.lorad_component) or options.get(cls.lorad_component) is not None:
+    if not index:
+        return
+    if index.get(cls.lorad_component) or options.get(cls.lorad_component) is not None:
+        for component, remedy in cls.further_components.items():
+            if (index.get(component) or (None,))[0] is None and options.get(component) is None:
+                raise ValueError(f"{origin!r} holds no {component}; pass {remedy}")
         return
     other = next((name for component, name in PIPELINE_NAMES.items() if index.get(component)), None)
     raise ValueError(
         f"{origin!r} is a {index.get('_class_name')} without a {cls.lorad_component}, so it is not for {cls.__name__}."
         + (f" Load it with diffusers_wadi.{other}." if other else "")
+        + (
+            f" diffusers has no ControlNet pipeline for a {index.get('_class_name')}."
+            if cls.further_components
+            else ""
+        )
     )
 
 

@@ -17,18 +17,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from diffusers_wadi.loaders import LoRaDLoaderMixin
 from diffusers_wadi.pipelines._loading import load_pipeline, resolve_source
 from diffusers_wadi.pipelines._saving import OneStepCheckpointMixin
+from diffusers_wadi.pipelines._scalecrafter import ScaleCrafterMixin
 from diffusers_wadi.schedulers import ONE_STEP_SETTINGS, check_one_step_scheduler, one_step_scheduler
 
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin):
+class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
     """To be named before a stock pipeline class, whose `__call__` the subclass wraps in `_ready`."""
 
     stock_class: ClassVar[type[DiffusionPipeline]]
     """The class that a saved folder names."""
     denoiser_class: ClassVar[type[torch.nn.Module]]
     """Class of the component `lorad_component`."""
+    further_components: ClassVar[dict[str, str]] = {}
+    """Components that a checkpoint need not have, and how they are then given to `from_pretrained`."""
     terminal_alpha_cumprod: ClassVar[float | None] = None
     """alphas_cumprod[T-1] of the one step where nothing beside the weights says otherwise; None: the schedule's own."""
     _step_index: ClassVar[int] = 0

@@ -10,6 +10,7 @@ from diffusers_wadi._files import hub_options
 from diffusers_wadi.pipelines._loading import PIPELINE_NAMES, index_of, resolve_source
 from diffusers_wadi.pipelines._one_step import OneStepMixin
 from diffusers_wadi.pipelines.pipeline_wadi import WaDiPipeline
+from diffusers_wadi.pipelines.pipeline_wadi_controlnet import WaDiControlNetPipeline
 from diffusers_wadi.pipelines.pipeline_wadi_pixart import WaDiPixArtPipeline
 
 PIPELINES: tuple[type[OneStepMixin], ...] = (WaDiPipeline, WaDiPixArtPipeline)
@@ -39,7 +40,8 @@ def one_step_pipeline_class(
     for cls in PIPELINES:
         library, _ = index.get(cls.lorad_component) or (None, None)
         if library is not None and index.get("text_encoder_2") is None:
-            return cls
+            controlled = cls is WaDiPipeline and (index.get("controlnet") or (None,))[0] is not None
+            return WaDiControlNetPipeline if controlled else cls
     raise ValueError(
         f"{location!r} is a {index.get('_class_name')}; in one step run "
         + " and ".join(cls.stock_class.__name__ for cls in PIPELINES)
@@ -49,12 +51,20 @@ def one_step_pipeline_class(
 
 def register_auto_pipelines() -> None:
     """Make `AutoPipelineFor...from_pipe(wadi_pipeline)` work; does nothing the second time."""
-    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+    from diffusers import (
+        StableDiffusionControlNetImg2ImgPipeline,
+        StableDiffusionControlNetInpaintPipeline,
+        StableDiffusionImg2ImgPipeline,
+        StableDiffusionInpaintPipeline,
+    )
     from diffusers.pipelines import auto_pipeline
 
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["wadi"] = WaDiPipeline
+    auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["wadi_controlnet"] = WaDiControlNetPipeline
     auto_pipeline.AUTO_TEXT2IMAGE_PIPELINES_MAPPING["wadi_pixart"] = WaDiPixArtPipeline
     auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["wadi"] = StableDiffusionImg2ImgPipeline
+    auto_pipeline.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING["wadi_controlnet"] = StableDiffusionControlNetImg2ImgPipeline
+    auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["wadi_controlnet"] = StableDiffusionControlNetInpaintPipeline
     auto_pipeline.AUTO_INPAINT_PIPELINES_MAPPING["wadi"] = StableDiffusionInpaintPipeline
 
 
@@ -63,6 +73,6 @@ def register_names() -> None:
     import diffusers
 
     assert set(PIPELINE_NAMES.values()) == {cls.__name__ for cls in PIPELINES}
-    for cls in PIPELINES:
+    for cls in (*PIPELINES, WaDiControlNetPipeline):
         for module in (diffusers, diffusers.pipelines):
             setattr(module, cls.__name__, cls)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 DENOISERS = ("unet", "transformer")
 # Component -> stem of its weight files.
-STEMS = dict.fromkeys((*DENOISERS, "vae"), "diffusion_pytorch_model") | {"text_encoder": "model"}
+STEMS = dict.fromkeys((*DENOISERS, "vae", "controlnet"), "diffusion_pytorch_model") | {"text_encoder": "model"}
 # Names in old files, which the libraries translate as they load, and T5's second name for one table.
 RENAMED = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 RENAMED["encoder.embed_tokens."] = "shared."
@@ -32,7 +32,8 @@ def refuse_incomplete(pipe: Any, options: dict[str, Any]) -> None:
     for name in STEMS:
         model = getattr(pipe, name, None)
         if isinstance(model, torch.nn.Module) and options.get(name) is None:
-            _refuse(name, model, options)
+            for part in getattr(model, "nets", [model]):  # of several ControlNets each lies in a folder of its own
+                _refuse(name, part, options)
 
 
 def _refuse(name: str, model: torch.nn.Module, options: dict[str, Any]) -> None:

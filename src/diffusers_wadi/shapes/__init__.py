@@ -19,13 +19,22 @@ __all__ = [
 ]
 
 
-def bundled_checkpoint() -> Path:
-    """Folder of the bundled one-step student: a LoRaD adapter, with its teacher in the subfolder `teacher`.
+FOLDERS = {"stable-diffusion": "checkpoint", "pixart": "checkpoint_pixart"}
+
+
+def bundled_checkpoint(backbone: str = "stable-diffusion") -> Path:
+    """Folder of a bundled one-step student: a LoRaD adapter, with its teacher in the subfolder `teacher`.
+
+    Args:
+        backbone: "stable-diffusion" (for `WaDiPipeline`) or "pixart" (for `WaDiPixArtPipeline`).
 
     Raises:
+        ValueError: no such backbone.
         FileNotFoundError: if the package was built without it.
     """
-    folder = Path(__file__).parent / "checkpoint"
+    if backbone not in FOLDERS:
+        raise ValueError(f"backbone={backbone!r}: expected one of {', '.join(map(repr, FOLDERS))}.")
+    folder = Path(__file__).parent / FOLDERS[backbone]
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"The bundled checkpoint is missing from {folder}. Reinstall diffusers-wadi.")
     return folder

@@ -15,6 +15,7 @@ from .renderer import IMAGE_SIZE, RADII, shape_mask
 from .scenes import BACKGROUNDS, COLOURS, SHAPES, Item, Scene, parse_caption
 
 MIN_AREA = 40  # pixels of a 64-pixel image; the smallest shape drawn has about 90
+FOREGROUND = 60  # RGB distance from the background at which something else begins
 MIN_INNER = 10  # inner pixels that a colour needs to count as present
 MIN_OVERLAP = 0.7  # intersection over union with the best template; below it a part is no shape at all
 
@@ -67,6 +68,21 @@ def _fit(shape: str, mask: np.ndarray) -> tuple[float, float, float, float]:
     return best
 
 
+def segment(image: np.ndarray) -> tuple[np.ndarray, str, np.ndarray]:
+    """What lies before the background: where the distance is more than `FOREGROUND`.
+
+    Args:
+        image: uint8 array (n, n, 3).
+
+    Returns:
+        Pixels of the border (m, 3), the background's name by their vote, and every pixel's RGB distance to it (n, n).
+    """
+    border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[:, :2].reshape(-1, 3)])
+    background = _vote(_nearest(border, BACKGROUNDS), BACKGROUNDS)
+    distance = np.linalg.norm(image.astype(np.float32) - np.float32(BACKGROUNDS[background]), axis=-1)
+    return border, background, distance
+
+
 def find_parts(image: np.ndarray) -> tuple[str, list[Part]]:
     """Background ("unknown" where the border is no background colour) and foreground parts, largest first.
 
@@ -74,10 +90,8 @@ def find_parts(image: np.ndarray) -> tuple[str, list[Part]]:
         image: uint8 array (n, n, 3).
     """
     ndimage = require("scipy.ndimage", extra="eval")
-    border = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[:, :2].reshape(-1, 3)])
-    background = _vote(_nearest(border, BACKGROUNDS), BACKGROUNDS)
-    distance = np.linalg.norm(image.astype(np.float32) - np.float32(BACKGROUNDS[background]), axis=-1)
-    foreground = distance > 60
+    border, background, distance = segment(image)
+    foreground = distance > FOREGROUND
     # Soft edges take colours between two palette entries, so only inner pixels say which colours are there.
     inner = ndimage.binary_erosion(foreground, np.ones((3, 3)))
     counts = np.bincount(_nearest(image[inner], COLOURS), minlength=len(COLOURS))

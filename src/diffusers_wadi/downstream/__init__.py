@@ -1,0 +1,1 @@
+"""What a one-step student is used for: ControlNet, ReVersion, ScaleCrafter, DreamBooth. The modules never import one another."""
