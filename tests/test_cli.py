@@ -322,3 +322,62 @@ def test_running_out_of_memory_in_a_conversion(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(convert, "_load", exhaust)
     assert run("fuse", "x", "-o", tmp_path / "y") == 2
     assert "more memory, or --device cpu" in capsys.readouterr().err
+
+
+def test_analyze_prints_and_writes(base_folder, adapter_folder, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="comes with the extra `analysis`")
+    out = tmp_path / "out"
+    few = ["--target-modules", "to_q, time_emb_proj"]
+    assert cli.main(["analyze", str(base_folder), str(adapter_folder), "--output_dir", str(out), *few]) == 0
+    said = capsys.readouterr().out
+    assert "| all layers |" in said and "is a rotation in LoRaD's planes" in said and f"to {out}" in said
+    written = {path.name for path in out.iterdir()}
+    assert written == {"analysis.json", "layers.csv", "overall.csv", "overview.png", "layers.png", "energies.png"}
+    (saved,) = json.loads((out / "analysis.json").read_text())
+    assert saved["label"] == adapter_folder.name and saved["overall"]["rotation_share"] == pytest.approx(1)
+
+
+def test_analyze_compares_several(base_folder, adapter_folder, tmp_path, capsys):
+    command = ["analyze", str(base_folder), str(adapter_folder), str(base_folder / "unet"), "--names", "ours", "base"]
+    out = ["-o", str(tmp_path), "--no-figures", "--no-energies", "--layers", "linear", "--convention", "row"]
+    assert cli.main([*command, *out]) == 0
+    saved = json.loads((tmp_path / "analysis.json").read_text())
+    assert [one["label"] for one in saved] == ["ours", "base"] and {one["convention"] for one in saved} == {"row"}
+    assert saved[0]["overall"]["direction_mean"] > 0.01 and saved[1]["overall"]["direction_mean"] == 0
+    assert {len(layer["shape"]) for layer in saved[0]["layers"]} == {2}
+    assert not list(tmp_path.glob("*.png")) and "compared in" in capsys.readouterr().out
+
+
+def test_swap_writes_a_pipeline_that_runs(base_folder, adapter_folder, tmp_path, capsys):
+    out = tmp_path / "swapped"
+    assert cli.main(["swap", str(base_folder), str(adapter_folder), "-o", str(out), "--take", "norm"]) == 0
+    assert f"wrote {out}: {base_folder} with the norms of {adapter_folder}" in capsys.readouterr().out
+    base, swapped = (load_file(f / "unet" / "diffusion_pytorch_model.safetensors") for f in (base_folder, out))
+    assert max((swapped[key] - base[key]).abs().max() for key in base) < 1e-6  # a rotation has no norms to take
+    StableDiffusionPipeline.from_pretrained(out)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["analyze", "{base}", "{tmp}/nothing"], "not a folder here"),
+        (["analyze", "{base}", "{tmp}/empty"], "no diffusion_pytorch_model.safetensors"),
+        (["analyze", "{base}", "{base}", "--names", "a", "b"], "expected 1 different names"),
+        (["analyze", "{base}", "{base}", "-o", "{tmp}/file/x"], "cannot write to the folder"),
+        (["analyze", "{base}", "{base}", "--target-modules", "nothing"], "none of the"),
+        (["swap", "{base}", "{base}", "-o", "{tmp}"], "is not empty"),
+    ],
+)
+def test_what_analyze_and_swap_refuse(base_folder, tmp_path, capsys, arguments, message):
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    assert cli.main([argument.format(base=base_folder, tmp=tmp_path) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("wadi: error: ") and message in error and error.count("\n") == 1
+
+
+def test_figures_without_matplotlib_are_refused_before_the_work(base_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("diffusers_wadi.analysis.analyze_weights", lambda *a, **k: pytest.fail("worked first"))
+    assert cli.main(["analyze", str(base_folder), str(base_folder), "-o", str(tmp_path)]) == 2
+    assert 'pip install "diffusers-wadi[analysis]"' in capsys.readouterr().err

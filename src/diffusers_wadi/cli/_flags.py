@@ -15,6 +15,10 @@ def positive(text: str) -> int:
     return value
 
 
+def name_list(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
 def torch_device(name: str | None) -> Any:
     import torch
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_wadi._files import writable_folder
-from diffusers_wadi.cli._flags import DTYPES, positive, quiet_libraries, torch_device
+from diffusers_wadi.cli._flags import DTYPES, name_list, positive, quiet_libraries, torch_device
 
 _MEMORY = "Use a machine with more memory, or --device cpu."
 _ROWS = 8  # of each table on the screen; the report file has all
@@ -95,8 +95,8 @@ def _extract(args: argparse.Namespace) -> None:
         args.tuned,
         rank=args.rank,
         energy=args.energy,
-        target_modules=_names(args.target_modules),
-        exclude_modules=_names(args.exclude_modules),
+        target_modules=name_list(args.target_modules),
+        exclude_modules=name_list(args.exclude_modules),
         convolutions=args.convolutions,
         subfolder=args.subfolder,
         variant=args.variant,
@@ -216,10 +216,6 @@ def _check_output(output: str, folder: bool = False) -> None:
     while not parent.exists():
         parent = parent.parent
     writable_folder(parent)
-
-
-def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _dtype(name: str | None) -> Any:

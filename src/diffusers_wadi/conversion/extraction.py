@@ -8,8 +8,7 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,16 @@ from safetensors.torch import save_file
 
 from diffusers_wadi._adapter_files import ADAPTER_CONFIG_NAME, LORAD_WEIGHT_NAME, METADATA_KEY
 from diffusers_wadi._files import probe_file, writable_folder, written_beside
-from diffusers_wadi.conversion._weights import Source, Weights, open_weights
+from diffusers_wadi.conversion._weights import (
+    Source,
+    Weights,
+    matches_names,
+    open_weights,
+    refuse_broken,
+    refuse_device_without_float64,
+    refuse_other_architecture,
+    same_tensor,
+)
 from diffusers_wadi.conversion.report import ConversionReport, LayerReport, LeftOut
 from diffusers_wadi.lorad.config import LoRaDConfig
 from diffusers_wadi.lorad.extraction import LayerFit, check_rank_and_energy, fit_layer
@@ -135,12 +143,11 @@ def extract_lorad(
         OSError: weights that cannot be found.
     """
     check_rank_and_energy(rank, energy)
-    _refuse_device_without_float64(torch.device(device))
+    refuse_device_without_float64(torch.device(device))
     chosen = _Choice(target_modules, exclude_modules, convolutions)
-    with ExitStack() as stack:
-        first, second = (open_weights(source, subfolder, variant, stack, **hub) for source in (base, tuned))
-        _refuse_other_architecture(first, second)
-        fits, report = _fit_all(first, second, chosen, torch.device(device), (rank, energy, rounds))
+    first, second = (open_weights(source, subfolder, variant, **hub) for source in (base, tuned))
+    refuse_other_architecture(first, second)
+    fits, report = _fit_all(first, second, chosen, torch.device(device), (rank, energy, rounds))
     if not fits:
         raise ValueError(_nothing_to_adapt(first, second, report.left_out))
     component = component or second.component or first.component or _component_by_names(fits)
@@ -156,10 +163,10 @@ def _fit_all(
     fits, report = {}, ConversionReport()
     for key in first.shapes:
         before, after = first.read(key), second.read(key)
-        if _same(before, after):
+        if same_tensor(before, after):
             continue
-        _refuse_broken(key, first.origin, before)
-        _refuse_broken(key, second.origin, after)
+        refuse_broken(key, first.origin, before)
+        refuse_broken(key, second.origin, after)
         reason = chosen.reason_to_leave(key, tuple(before.shape))
         if reason is not None:
             report.left_out.append(_left_out(key, before, after, reason))
@@ -189,26 +196,11 @@ class _Choice:
             return "an embedding table"
         if len(shape) == 2 and shape[1] % 2:
             return "an odd number of input columns"
-        if self.excluded is not None and _matches(name, self.excluded):
+        if self.excluded is not None and matches_names(name, self.excluded):
             return "excluded"
-        if self.targets is not None and not _matches(name, self.targets):
+        if self.targets is not None and not matches_names(name, self.targets):
             return "not among target_modules"
         return None
-
-
-def _matches(name: str, wanted: str | Iterable[str]) -> bool:
-    if isinstance(wanted, str):
-        return wanted == "all-linear" or re.fullmatch(wanted, name) is not None
-    return any(name == one or name.endswith(f".{one}") for one in wanted)
-
-
-def _same(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Whether two tensors differ by no more than that one of them was stored in fewer bits."""
-    if torch.equal(before, after):
-        return True
-    if before.dtype == after.dtype or not (before.is_floating_point() and after.is_floating_point()):
-        return False
-    return torch.equal(before.to(after.dtype), after) or torch.equal(after.to(before.dtype), before)
 
 
 def _layer_report(name: str, before: torch.Tensor, fit: LayerFit) -> LayerReport:
@@ -251,39 +243,6 @@ def _base_name(pipeline: str | None) -> str | None:
 
 def _component_by_names(names: Iterable[str]) -> str:
     return "transformer" if any(name.startswith("transformer_blocks.") for name in names) else "unet"
-
-
-def _odd(first: Weights, second: Weights) -> Iterator[str]:
-    for key in sorted(first.shapes.keys() | second.shapes.keys()):
-        if first.shapes.get(key) != second.shapes.get(key):
-            yield key
-
-
-def _refuse_other_architecture(first: Weights, second: Weights) -> None:
-    odd = list(_odd(first, second))
-    if not odd:
-        return
-    key = odd[0]
-    hint = "Both have to be one architecture, and no adapters or training weights beside the model's own."
-    if any(name.startswith("model.diffusion_model.") for name in odd):
-        hint = (
-            "A file in the original Stable Diffusion layout has to become a diffusers folder first: "
-            "StableDiffusionPipeline.from_single_file(FILE).save_pretrained(FOLDER)."
-        )
-    raise ValueError(
-        f"{first.origin} and {second.origin} differ in {len(odd)} of {len(first.shapes)} tensors' names or shapes, first "
-        f"{key}: {first.shapes.get(key, 'absent')} and {second.shapes.get(key, 'absent')}. {hint}"
-    )
-
-
-def _refuse_device_without_float64(device: torch.device) -> None:
-    if device.type == "mps":
-        raise ValueError("extraction computes in float64, which device mps does not have; pass cpu")
-
-
-def _refuse_broken(key: str, origin: str, tensor: torch.Tensor) -> None:
-    if not torch.isfinite(tensor).all():
-        raise ValueError(f"{origin}: {key} holds numbers that are not finite; get the checkpoint again")
 
 
 def _nothing_to_adapt(first: Weights, second: Weights, left_out: list[LeftOut]) -> str:
