@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """ControlNet on Shapes World: does one step put the shapes where the condition says, as 50 steps of the teacher do?
 
-    python benchmarks/downstream_controlnet.py --work_dir /tmp/shapes-controlnet --picture docs/images/controlnet.png
+    python benchmarks/downstream_controlnet.py --work_dir shapes-controlnet --picture docs/images/controlnet.png
 
 A ControlNet for masks is trained on the multi-step teacher by `training/train_shapes_controlnet.py`, unless WORK_DIR has
 it, and then used unchanged by the one-step student. Each held-out caption comes with the mask of one render of it. Mask

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """ReVersion on Shapes World: does one step draw a relation that was learned as `<R>` on the multi-step teacher?
 
-    python benchmarks/downstream_reversion.py --work_dir /tmp/shapes-reversion --picture docs/images/reversion.png
+    python benchmarks/downstream_reversion.py --work_dir shapes-reversion --picture docs/images/reversion.png
 
 Two relations for which the teacher has no word: "east of", another word for one that it has, and "beside", left of or right
 of, for which it has none. `training/train_reversion.py` learns each from ten images, unless WORK_DIR has it, and the
