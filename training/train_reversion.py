@@ -34,24 +34,32 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.optimization import get_scheduler
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from diffusers_wadi._files import writable_folder
 from diffusers_wadi.distillation import checkpoint
-from diffusers_wadi.distillation.distributed import set_num_threads
+from diffusers_wadi.distillation.flags import (
+    MIXED_PRECISION,
+    add_adam_flags,
+    add_flag,
+    add_schedule_flags,
+    add_state_flags,
+    begin,
+    check_numbers,
+    check_output_dir,
+    check_packages,
+)
 from diffusers_wadi.distillation.guard import StepGuard, poisoned_if_broken
 from diffusers_wadi.distillation.monitoring import Averages, memory_gb, tracker_names
 from diffusers_wadi.distillation.noise import SampleDraws
 from diffusers_wadi.distillation.samples import save_grid, send_images
 from diffusers_wadi.distillation.settings import SETTINGS_FILE, plain_settings, save_settings
-from diffusers_wadi.distillation.stopping import StopSignals
+from diffusers_wadi.distillation.stopping import StopSignals, report_stop
 from diffusers_wadi.downstream import reversion
 
 logger = logging.getLogger(__name__)
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Flags by which a resumed run may differ from the one that wrote the checkpoint: places, lengths, what is shown, memory.
 MAY_DIFFER = frozenset(
     """pretrained_model_name_or_path revision variant train_data_dir output_dir logging_dir report_to logging_steps
@@ -61,28 +69,20 @@ MAY_DIFFER = frozenset(
 )
 
 
-def _flag(group, name: str, default, help: str, **kwargs) -> None:
-    if isinstance(default, bool):
-        kwargs.setdefault("action", argparse.BooleanOptionalAction)
-    elif "type" not in kwargs and default is not None:
-        kwargs["type"] = type(default)
-    group.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **kwargs)
-
-
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("model, images, words")
     g.add_argument(
         "--pretrained_model_name_or_path", required=True, help="Folder or Hub id: Stable Diffusion 1.x or 2.x"
     )
-    _flag(g, "revision", None, "Hub revision of the model")
-    _flag(g, "variant", None, "Weights variant of the model, e.g. fp16")
+    add_flag(g, "revision", None, "Hub revision of the model")
+    add_flag(g, "variant", None, "Weights variant of the model, e.g. fp16")
     g.add_argument("--train_data_dir", required=True, help="Folder of images that show the relation, with text.json")
-    _flag(g, "output_dir", "reversion", "Where the embedding, checkpoints and samples go")
-    _flag(g, "resolution", None, "Image size; None: the model's own", type=int)
-    _flag(g, "center_crop", False, "Cut the middle out of images instead of squeezing them to a square")
-    _flag(g, "placeholder_token", "<R>", "What the relation is called in prompts")
-    _flag(g, "initializer_token", "and", "Word whose row it starts from; one token")
-    _flag(
+    add_flag(g, "output_dir", "reversion", "Where the embedding, checkpoints and samples go")
+    add_flag(g, "resolution", None, "Image size; None: the model's own", type=int)
+    add_flag(g, "center_crop", False, "Cut the middle out of images instead of squeezing them to a square")
+    add_flag(g, "placeholder_token", "<R>", "What the relation is called in prompts")
+    add_flag(g, "initializer_token", "and", "Word whose row it starts from; one token")
+    add_flag(
         g,
         "positive_words",
         None,
@@ -93,58 +93,56 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("method (defaults: the authors' recipe)")
-    _flag(g, "importance_sampling", True, "Draw noisy timesteps more often")
-    _flag(g, "importance_alpha", 0.5, "How much more: p(t) ~ 1 - alpha cos(pi t / T)")
-    _flag(g, "denoise_loss_weight", 1.0, "Weight of the denoising loss")
-    _flag(g, "steer_loss_weight", 0.01, "Weight of the contrastive steering loss; 0: without")
-    _flag(g, "num_positives", 4, "Positive words drawn for each sample")
-    _flag(g, "temperature", 0.07, "Of the steering loss")
-    _flag(g, "max_embedding_norm", None, "Not in the paper: shrink the row to this norm when it is longer", type=float)
+    add_flag(g, "importance_sampling", True, "Draw noisy timesteps more often")
+    add_flag(g, "importance_alpha", 0.5, "How much more: p(t) ~ 1 - alpha cos(pi t / T)")
+    add_flag(g, "denoise_loss_weight", 1.0, "Weight of the denoising loss")
+    add_flag(g, "steer_loss_weight", 0.01, "Weight of the contrastive steering loss; 0: without")
+    add_flag(g, "num_positives", 4, "Positive words drawn for each sample")
+    add_flag(g, "temperature", 0.07, "Of the steering loss")
+    add_flag(
+        g, "max_embedding_norm", None, "Not in the paper: shrink the row to this norm when it is longer", type=float
+    )
 
 
 def _add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("optimisation")
-    _flag(g, "train_batch_size", 2, "Batch per process")
-    _flag(g, "gradient_accumulation_steps", 4, "Batches per update")
-    _flag(g, "max_train_steps", 3000, "Updates")
-    _flag(g, "learning_rate", 2.5e-4, "Before --scale_lr")
-    _flag(g, "scale_lr", True, "Multiply it by batch, accumulation and processes: 2e-3 with the defaults")
-    kinds = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
-    _flag(g, "lr_scheduler", "constant", "Schedule of the rate", choices=kinds)
-    _flag(g, "lr_warmup_steps", 0, "Steps of its linear increase")
-    _flag(g, "adam_beta1", 0.9, "AdamW")
-    _flag(g, "adam_beta2", 0.999, "AdamW")
-    _flag(g, "adam_weight_decay", 1e-2, "AdamW")
-    _flag(g, "adam_epsilon", 1e-8, "AdamW")
-    _flag(g, "max_grad_norm", None, "Gradient clipping; None: without", type=float)
+    add_flag(g, "train_batch_size", 2, "Batch per process")
+    add_flag(g, "gradient_accumulation_steps", 4, "Batches per update")
+    add_flag(g, "max_train_steps", 3000, "Updates")
+    add_flag(g, "learning_rate", 2.5e-4, "Before --scale_lr")
+    add_flag(g, "scale_lr", True, "Multiply it by batch, accumulation and processes: 2e-3 with the defaults")
+    add_schedule_flags(g, "Schedule of the rate")
+    add_adam_flags(g, 1e-2, "AdamW")
+    add_flag(g, "max_grad_norm", None, "Gradient clipping; None: without", type=float)
 
 
 def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("machine, checkpoints, samples")
-    _flag(g, "seed", 2023, "Of everything")
-    _flag(g, "mixed_precision", "no", "UNet in that precision; losses and the row stay fp32", choices=tuple(DTYPES))
-    _flag(g, "gradient_checkpointing", False, "Recompute the UNet's activations in backward")
-    _flag(
+    add_flag(g, "seed", 2023, "Of everything")
+    add_flag(
+        g,
+        "mixed_precision",
+        "no",
+        "UNet in that precision; losses and the row stay fp32",
+        choices=tuple(MIXED_PRECISION),
+    )
+    add_flag(g, "gradient_checkpointing", False, "Recompute the UNet's activations in backward")
+    add_flag(
         g,
         "attention",
         "auto",
         "auto: plain on the CPU at up to 16x16 latents, else sdpa",
         choices=("auto", "sdpa", "plain"),
     )
-    _flag(g, "num_threads", None, "CPU threads of torch", type=int)
-    _flag(g, "checkpointing_steps", 1000, "Updates between checkpoints")
-    _flag(g, "checkpoints_total_limit", None, "Keep only so many", type=int)
-    _flag(g, "resume_from_checkpoint", None, "latest, a folder name in output_dir, or a path")
-    _flag(g, "validation_prompts", None, "Prompts with the placeholder to draw with the multi-step model", nargs="+")
-    _flag(g, "num_validation_images", 4, "Images of each")
-    _flag(g, "validation_steps", 500, "Updates between sample grids; 0: none")
-    _flag(g, "validation_num_inference_steps", 50, "DDIM steps of these")
-    _flag(g, "validation_guidance_scale", 7.5, "Guidance of these")
-    _flag(g, "validation_seed", 0, "Of their noise")
-    _flag(g, "logging_steps", 10, "Updates between logged losses, of which the means are logged")
-    _flag(g, "report_to", "none", "Trackers, with commas between them: tensorboard, wandb, ...; all: those installed")
-    _flag(g, "logging_dir", "logs", "Of the trackers, inside output_dir")
-    _flag(g, "max_bad_steps", 20, "Stop after so many updates in a row with a loss that is not finite")
+    add_state_flags(g, checkpointing_steps=1000)
+    add_flag(
+        g, "validation_prompts", None, "Prompts with the placeholder to draw with the multi-step model", nargs="+"
+    )
+    add_flag(g, "num_validation_images", 4, "Images of each")
+    add_flag(g, "validation_steps", 500, "Updates between sample grids; 0: none")
+    add_flag(g, "validation_num_inference_steps", 50, "DDIM steps of these")
+    add_flag(g, "validation_guidance_scale", 7.5, "Guidance of these")
+    add_flag(g, "validation_seed", 0, "Of their noise")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -157,9 +155,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-AT_LEAST_1 = """resolution num_positives train_batch_size gradient_accumulation_steps max_train_steps num_threads
-checkpointing_steps checkpoints_total_limit num_validation_images validation_num_inference_steps logging_steps max_bad_steps"""
-AT_LEAST_0 = "denoise_loss_weight steer_loss_weight lr_warmup_steps adam_weight_decay seed validation_steps validation_guidance_scale"
+AT_LEAST = {
+    1: """resolution num_positives train_batch_size gradient_accumulation_steps max_train_steps num_threads
+checkpointing_steps checkpoints_total_limit num_validation_images validation_num_inference_steps logging_steps max_bad_steps""",
+    0: "denoise_loss_weight steer_loss_weight lr_warmup_steps adam_weight_decay seed validation_steps validation_guidance_scale",
+}
 POSITIVE = "temperature learning_rate adam_epsilon max_grad_norm max_embedding_norm"
 
 
@@ -170,23 +170,15 @@ def check_args(args: argparse.Namespace) -> None:
         ValueError: names the flag, its value and what is expected.
         FileNotFoundError: images or captions are missing; see `RelationImages`.
     """
-    rules = [(n, lambda v: v >= 1, "at least 1") for n in AT_LEAST_1.split()]
-    rules += [(n, lambda v: v >= 0, "at least 0") for n in AT_LEAST_0.split()]
-    rules += [(n, lambda v: v > 0, "more than 0") for n in POSITIVE.split()]
-    rules += [(n, lambda v: 0 <= v < 1, "from 0 to below 1") for n in ("adam_beta1", "adam_beta2")]
-    rules += [("importance_alpha", lambda v: 0 <= v <= 1, "from 0 to 1")]
-    for name, holds, expectation in rules:
-        value = getattr(args, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"--{name} is {value}, expected {expectation}.")
+    check_numbers(args, AT_LEAST, POSITIVE, "importance_alpha", below_1="adam_beta1 adam_beta2")
     for prompt in args.validation_prompts or []:
         if args.placeholder_token not in prompt:
             raise ValueError(
                 f"--validation_prompts: {prompt!r} does not hold {args.placeholder_token}, which it is to show."
             )
-    tracker_names(args.report_to)
+    check_packages(args.report_to)
     reversion.RelationImages(args.train_data_dir, size=8)  # refuses what is wrong with it
-    writable_folder(args.output_dir)
+    check_output_dir(args.output_dir)
 
 
 def positive_words(args: argparse.Namespace) -> list[str]:
@@ -216,7 +208,7 @@ class ReversionTrainer:
             log_with=tracker_names(args.report_to) or None,
             project_config=ProjectConfiguration(args.output_dir, str(self.output_dir / args.logging_dir)),
         )
-        self.device, self.dtype = self.accelerator.device, DTYPES[args.mixed_precision]
+        self.device, self.dtype = self.accelerator.device, MIXED_PRECISION[args.mixed_precision]
         set_seed(args.seed)
         self._load_models()
         self._load_images()
@@ -315,7 +307,7 @@ class ReversionTrainer:
                 if self._due(args.logging_steps):
                     self._report(bar, averages)
                 if received := stop.wanted(look=self._due(args.logging_steps)):
-                    logger.warning("stopped: %s. Go on with --resume_from_checkpoint latest.", self.save_checkpoint())
+                    report_stop(received, self.step, args.max_train_steps, self.save_checkpoint())
                     self.accelerator.end_training()
                     return received
                 if self._due(args.checkpointing_steps):
@@ -510,8 +502,7 @@ def main(args: argparse.Namespace) -> None:
     Raises:
         SystemExit: Ctrl-C or SIGTERM stopped it, after a checkpoint; 130 or 143.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    set_num_threads(args.num_threads)
+    begin(args.num_threads)
     if received := ReversionTrainer(args).train():
         sys.exit(128 + received)
 

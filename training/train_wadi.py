@@ -16,89 +16,85 @@ scheduler, sample grids in `samples/`, and `checkpoint-N/` folders for `--resume
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import logging
 import os
 import sys
-import tempfile
 from pathlib import Path
-
-import torch
-from diffusers.optimization import SchedulerType
 
 from diffusers_wadi._optional import require
 from diffusers_wadi.distillation import adapters, losses, objectives
-from diffusers_wadi.distillation.distributed import set_num_threads
-from diffusers_wadi.distillation.monitoring import tracker_names
+from diffusers_wadi.distillation.flags import (
+    DTYPES,
+    add_adam_flags,
+    add_flag,
+    add_hub_flags,
+    add_schedule_flags,
+    add_state_flags,
+    begin,
+    check_numbers,
+    check_output_dir,
+    check_packages,
+)
 from diffusers_wadi.distillation.planning import make_plan
-from diffusers_wadi.distillation.setup import DTYPES
 from diffusers_wadi.distillation.trainer import WaDiTrainer
 
 DEFAULT_ROLE_RANKS = {"student": 256, "fake": 32}
 
 
-def _flag(group, name: str, default, help: str, **kwargs) -> None:
-    if default is False:
-        kwargs.setdefault("action", "store_true")
-    elif "type" not in kwargs and default is not None:
-        kwargs["type"] = type(default)
-    group.add_argument(f"--{name}", default=default, help=f"{help} (default: %(default)s)", **kwargs)
-
-
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("teacher, output")
     g.add_argument("--pretrained_teacher_model", required=True, help="Folder or Hub id: SD 1.x, 2.x or PixArt-alpha.")
-    _flag(g, "revision", None, "Hub revision of the teacher")
-    _flag(g, "variant", None, "Weights variant of the teacher, e.g. fp16")
-    _flag(
+    add_flag(g, "revision", None, "Hub revision of the teacher")
+    add_flag(g, "variant", None, "Weights variant of the teacher, e.g. fp16")
+    add_flag(
         g,
         "base_model_name_or_path",
         None,
         "Base named in the exported adapter's config; None: the teacher, a folder by its absolute path",
     )
-    _flag(g, "output_dir", "wadi-model", "Where student, checkpoints and samples go")
-    _flag(g, "adapter_dtype", "fp32", "Of the exported student's file; training is fp32", choices=("fp32", "fp16"))
-    _flag(g, "resolution", None, "Image size; None: the teacher's own", type=int)
-    _flag(g, "init_student", None, "LoRaD adapter (folder or file) to start the student from")
+    add_flag(g, "output_dir", "wadi-model", "Where student, checkpoints and samples go")
+    add_flag(g, "adapter_dtype", "fp32", "Of the exported student's file; training is fp32", choices=("fp32", "fp16"))
+    add_flag(g, "resolution", None, "Image size; None: the teacher's own", type=int)
+    add_flag(g, "init_student", None, "LoRaD adapter (folder or file) to start the student from")
 
 
 def _add_text_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("prompts (from one source) and their text embeddings")
-    _flag(g, "train_prompts", None, "File: .txt (one a line), .json, .jsonl (also JourneyDB's), .csv or .parquet")
-    _flag(g, "dataset_name", None, "Instead: a data set of the Hub, or a folder, for the package datasets")
-    _flag(g, "dataset_config_name", None, "Configuration of the data set")
-    _flag(g, "dataset_split", "train", "Split of the data set")
-    _flag(g, "streaming", False, "Read the data set from the Hub without storing it")
-    _flag(g, "shapes_captions", None, "Instead: this many Shapes World captions", type=int)
-    _flag(g, "caption_column", None, "Column, or key of the objects, that holds the text")
-    _flag(g, "max_train_samples", None, "Only the first so many different prompts", type=int)
-    _flag(g, "skip_bad_lines", False, "Leave out records that cannot be read, instead of refusing the source")
-    _flag(
+    add_flag(g, "train_prompts", None, "File: .txt (one a line), .json, .jsonl (also JourneyDB's), .csv or .parquet")
+    add_flag(g, "dataset_name", None, "Instead: a data set of the Hub, or a folder, for the package datasets")
+    add_flag(g, "dataset_config_name", None, "Configuration of the data set")
+    add_flag(g, "dataset_split", "train", "Split of the data set")
+    add_flag(g, "streaming", False, "Read the data set from the Hub without storing it")
+    add_flag(g, "shapes_captions", None, "Instead: this many Shapes World captions", type=int)
+    add_flag(g, "caption_column", None, "Column, or key of the objects, that holds the text")
+    add_flag(g, "max_train_samples", None, "Only the first so many different prompts", type=int)
+    add_flag(g, "skip_bad_lines", False, "Leave out records that cannot be read, instead of refusing the source")
+    add_flag(
         g,
         "text_encoder_dtype",
         None,
         "Of the text encoder; None: fp32 for CLIP, for T5 as the frozen denoiser",
         choices=tuple(DTYPES),
     )
-    _flag(g, "max_sequence_length", None, "Tokens of T5's text; None: 120, as PixArt's stock pipeline", type=int)
-    _flag(
+    add_flag(g, "max_sequence_length", None, "Tokens of T5's text; None: 120, as PixArt's stock pipeline", type=int)
+    add_flag(
         g,
         "precompute_text_embeddings",
         False,
         "Encode all prompts once, into files that are mapped, instead of a batch at each step",
     )
-    _flag(g, "text_cache_dir", None, "Where these lie, for this and other runs; None: text_cache in output_dir")
-    _flag(g, "embedding_dtype", "fp32", "Their precision", choices=("fp32", "fp16"))
-    _flag(g, "text_batch_size", 64, "Batch of the text encoder while they are computed")
+    add_flag(g, "text_cache_dir", None, "Where these lie, for this and other runs; None: text_cache in output_dir")
+    add_flag(g, "embedding_dtype", "fp32", "Their precision", choices=("fp32", "fp16"))
+    add_flag(g, "text_batch_size", 64, "Batch of the text encoder while they are computed")
 
 
 def _add_role_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("student and fake: what is trained (defaults: authors' release)")
     for role, rank in DEFAULT_ROLE_RANKS.items():
-        _flag(g, f"{role}_adapter", "lorad", f"What the {role} is made of", choices=adapters.KINDS)
-        _flag(g, f"{role}_rank", rank, "Rank of its LoRaD, LoRA or DoRA")
-        _flag(g, f"{role}_alpha", None, "Alpha of its LoRA or DoRA, scaled by alpha / rank; None: rank", type=float)
-        _flag(
+        add_flag(g, f"{role}_adapter", "lorad", f"What the {role} is made of", choices=adapters.KINDS)
+        add_flag(g, f"{role}_rank", rank, "Rank of its LoRaD, LoRA or DoRA")
+        add_flag(g, f"{role}_alpha", None, "Alpha of its LoRA or DoRA, scaled by alpha / rank; None: rank", type=float)
+        add_flag(
             g,
             f"{role}_layers",
             "paper",
@@ -106,58 +102,62 @@ def _add_role_flags(parser: argparse.ArgumentParser) -> None:
             "convolutions), qkv, qv; paper: projections for a LoRA or DoRA student, else linear",
             choices=adapters.LAYER_SETS,
         )
-        _flag(
+        add_flag(
             g,
             f"{role}_init",
             "paper",
             "Start: paper: as the teacher; xavier, zero_b (LoRaD) or gaussian (LoRA)",
             choices=sorted({init for inits in adapters.INITS.values() for init in inits}),
         )
-    _flag(g, "student_convolutions", False, "Short for --student_layers linear_conv")
+    add_flag(g, "student_convolutions", False, "Short for --student_layers linear_conv")
 
 
 def _add_method_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("method (defaults: authors' release)")
-    _flag(
+    add_flag(
         g,
         "objective",
         "wadi",
         "Preset of flags, which others given beside it override; what it sets is shown at the start",
         choices=tuple(objectives.OBJECTIVES),
     )
-    _flag(g, "score_loss", "vsd", "VSD, or SiD's with gradients through the scores", choices=objectives.SCORE_LOSSES)
-    _flag(g, "sid_alpha", 1.0, "alpha of --score_loss sid")
-    _flag(g, "t_init", None, "Timestep of the student's step; None: the last", type=int)
-    _flag(g, "guidance_scale", 1.5, "Guidance of the teacher's score")
-    _flag(
+    add_flag(
+        g, "score_loss", "vsd", "VSD, or SiD's with gradients through the scores", choices=objectives.SCORE_LOSSES
+    )
+    add_flag(g, "sid_alpha", 1.0, "alpha of --score_loss sid")
+    add_flag(g, "t_init", None, "Timestep of the student's step; None: the last", type=int)
+    add_flag(g, "guidance_scale", 1.5, "Guidance of the teacher's score")
+    add_flag(
         g, "fake_guidance_scale", None, "Guidance of the fake score; None: the teacher's; 1 saves a pass", type=float
     )
-    _flag(g, "guidance_scale_min", None, "With the next: the teacher's guidance is drawn between them", type=float)
-    _flag(g, "guidance_scale_max", None, "See --guidance_scale_min", type=float)
-    _flag(g, "guidance_scale_per", "sample", "Whether it is drawn for samples or batches", choices=("sample", "batch"))
-    _flag(g, "fake_training_guidance_scale", 1.0, "Guidance of the prediction that the fake's loss trains")
-    _flag(
+    add_flag(g, "guidance_scale_min", None, "With the next: the teacher's guidance is drawn between them", type=float)
+    add_flag(g, "guidance_scale_max", None, "See --guidance_scale_min", type=float)
+    add_flag(
+        g, "guidance_scale_per", "sample", "Whether it is drawn for samples or batches", choices=("sample", "batch")
+    )
+    add_flag(g, "fake_training_guidance_scale", 1.0, "Guidance of the prediction that the fake's loss trains")
+    add_flag(
         g, "score_weighting", "sigma2", "sigma_t^2, or DMD2's 1/mean|x0 - x0_teacher|", choices=losses.SCORE_WEIGHTINGS
     )
-    _flag(g, "fake_loss_weighting", "alpha2", "Weight of the fake's loss", choices=losses.FAKE_WEIGHTINGS)
-    _flag(
+    add_flag(g, "fake_loss_weighting", "alpha2", "Weight of the fake's loss", choices=losses.FAKE_WEIGHTINGS)
+    add_flag(
         g, "fake_updates_per_step", 1, "Fake updates per student update; the further ones on fresh images, before it"
     )
     toggle = argparse.BooleanOptionalAction
-    _flag(g, "fake_first", False, "All fake updates before the student's, on fresh images", action=toggle)
-    _flag(g, "min_timestep", 20, "Lowest timestep of the score difference")
-    _flag(g, "max_timestep", 980, "Highest timestep of the score difference, inclusive")
-    _flag(g, "fake_min_timestep", 0, "Lowest timestep of the fake's loss")
-    _flag(g, "fake_max_timestep", None, "Highest timestep of the fake's loss, inclusive; None: T - 1", type=int)
-    _flag(g, "proportion_empty_prompts", 0.1, "How often the fake trains on the empty prompt")
-    _flag(
+    add_flag(g, "fake_first", False, "All fake updates before the student's, on fresh images", action=toggle)
+    add_flag(g, "min_timestep", 20, "Lowest timestep of the score difference")
+    add_flag(g, "max_timestep", 980, "Highest timestep of the score difference, inclusive")
+    add_flag(g, "fake_min_timestep", 0, "Lowest timestep of the fake's loss")
+    add_flag(g, "fake_max_timestep", None, "Highest timestep of the fake's loss, inclusive; None: T - 1", type=int)
+    add_flag(g, "proportion_empty_prompts", 0.1, "How often the fake trains on the empty prompt")
+    add_flag(
         g,
         "empty_prompts_per",
         "batch",
         "Whether whole updates' batches or single samples get it",
         choices=("batch", "sample"),
     )
-    _flag(
+    add_flag(
         g,
         "terminal_alpha_cumprod",
         None,
@@ -170,95 +170,70 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_warmup_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("regression on the teacher's samples (not in the paper; DMD's ODE pairs)")
-    _flag(g, "warmup_regression_steps", 0, "Student updates by regression before score distillation")
-    _flag(g, "warmup_regression_pairs", 10_000, "How many (noise, caption, image) examples the teacher makes for it")
-    _flag(g, "warmup_num_inference_steps", 25, "DDIM steps of the teacher for these")
-    _flag(g, "warmup_guidance_scale", 3.0, "Guidance of the teacher for these")
-    _flag(g, "warmup_sample_batch_size", 64, "Batch of the teacher for these")
-    _flag(g, "warmup_learning_rate", 1e-3, "Peak rate of the warm start, decayed to 0 along a cosine")
-    _flag(g, "warmup_lr_warmup_steps", 0, "Linear increase of that rate")
-    _flag(
+    add_flag(g, "warmup_regression_steps", 0, "Student updates by regression before score distillation")
+    add_flag(
+        g, "warmup_regression_pairs", 10_000, "How many (noise, caption, image) examples the teacher makes for it"
+    )
+    add_flag(g, "warmup_num_inference_steps", 25, "DDIM steps of the teacher for these")
+    add_flag(g, "warmup_guidance_scale", 3.0, "Guidance of the teacher for these")
+    add_flag(g, "warmup_sample_batch_size", 64, "Batch of the teacher for these")
+    add_flag(g, "warmup_learning_rate", 1e-3, "Peak rate of the warm start, decayed to 0 along a cosine")
+    add_flag(g, "warmup_lr_warmup_steps", 0, "Linear increase of that rate")
+    add_flag(
         g, "fake_warmup_steps", 0, "Updates of the fake alone after it: it starts as the teacher, not as the student"
     )
-    _flag(g, "regression_loss", "mse", "Distance in x0", choices=losses.REGRESSION_LOSSES)
-    _flag(g, "huber_delta", 0.1, "Where --regression_loss huber turns linear")
-    _flag(g, "regression_weight", 0.0, "Weight of the regression loss during score distillation (DMD: 0.25)")
+    add_flag(g, "regression_loss", "mse", "Distance in x0", choices=losses.REGRESSION_LOSSES)
+    add_flag(g, "huber_delta", 0.1, "Where --regression_loss huber turns linear")
+    add_flag(g, "regression_weight", 0.0, "Weight of the regression loss during score distillation (DMD: 0.25)")
 
 
 def _add_optimiser_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("optimisation")
-    _flag(g, "train_batch_size", 16, "Batch per process")
-    _flag(g, "gradient_accumulation_steps", 1, "Batches per update")
-    _flag(g, "num_train_epochs", 2, "Passes over the prompts if --max_train_steps is not given")
-    _flag(g, "max_train_steps", None, "Student updates by score distillation", type=int)
-    _flag(g, "learning_rate", 1e-4, "Of the student")
-    _flag(g, "fake_learning_rate", 1e-2, "Of the fake-score network")
-    # piecewise_constant wants rules of its own, for which there is no flag.
-    kinds = [kind.value for kind in SchedulerType if kind is not SchedulerType.PIECEWISE_CONSTANT]
-    _flag(g, "lr_scheduler", "constant", "Schedule of both rates", choices=kinds)
-    _flag(g, "lr_warmup_steps", 0, "Steps of its linear increase")
-    _flag(g, "adam_beta1", 0.9, "Adam")
-    _flag(g, "adam_beta2", 0.999, "Adam")
-    _flag(g, "adam_weight_decay", 0.0, "AdamW; it pulls angles to 0, that is to the teacher")
-    _flag(g, "adam_epsilon", 1e-8, "Adam")
-    _flag(g, "max_grad_norm", 1.0, "Gradient clipping, of each network by itself")
-    _flag(g, "use_8bit_adam", False, "bitsandbytes' AdamW8bit, as in the release's scripts")
+    add_flag(g, "train_batch_size", 16, "Batch per process")
+    add_flag(g, "gradient_accumulation_steps", 1, "Batches per update")
+    add_flag(g, "num_train_epochs", 2, "Passes over the prompts if --max_train_steps is not given")
+    add_flag(g, "max_train_steps", None, "Student updates by score distillation", type=int)
+    add_flag(g, "learning_rate", 1e-4, "Of the student")
+    add_flag(g, "fake_learning_rate", 1e-2, "Of the fake-score network")
+    add_schedule_flags(g, "Schedule of both rates")
+    add_adam_flags(g, 0.0, "AdamW; it pulls angles to 0, that is to the teacher")
+    add_flag(g, "max_grad_norm", 1.0, "Gradient clipping, of each network by itself")
+    add_flag(g, "use_8bit_adam", False, "bitsandbytes' AdamW8bit, as in the release's scripts")
     toggle = argparse.BooleanOptionalAction
-    _flag(g, "use_ema", False, "Average the student; the average is validated and exported", action=toggle)
-    _flag(g, "ema_decay", 0.999, "Highest decay of that average; it starts lower")
+    add_flag(g, "use_ema", False, "Average the student; the average is validated and exported", action=toggle)
+    add_flag(g, "ema_decay", 0.999, "Highest decay of that average; it starts lower")
 
 
 def _add_machine_flags(parser: argparse.ArgumentParser) -> None:
     g = parser.add_argument_group("machine, checkpoints, samples")
-    _flag(g, "seed", 0, "Of everything")
-    _flag(
+    add_flag(g, "seed", 0, "Of everything")
+    add_flag(
         g,
         "mixed_precision",
         "no",
         "Autocast of the UNet; x0, losses and angles stay fp32",
         choices=("no", "fp16", "bf16"),
     )
-    _flag(
+    add_flag(
         g, "base_dtype", None, "Of the frozen UNet; None: as mixed_precision, fp32 on the CPU", choices=tuple(DTYPES)
     )
-    _flag(
+    add_flag(
         g,
         "attention",
         "auto",
         "sdpa: torch's fused attention; plain: matrix products and softmax; auto: plain on a CPU in half precision, else sdpa",
         choices=("auto", "sdpa", "plain"),
     )
-    _flag(g, "gradient_checkpointing", False, "Recompute activations in backward")
-    _flag(g, "allow_tf32", False, "TF32 in float32 products and convolutions of NVIDIA GPUs: faster, 10 bits")
-    _flag(g, "torch_compile", False, "Compile the UNet, once per role")
-    _flag(g, "channels_last", False, "Memory format of the UNet")
-    _flag(g, "num_threads", None, "CPU threads of torch", type=int)
-    _flag(g, "checkpointing_steps", 500, "Updates between checkpoints")
-    _flag(g, "checkpoints_total_limit", None, "Keep only so many", type=int)
-    _flag(g, "resume_from_checkpoint", None, "latest, a folder name in output_dir, or a path")
-    _flag(g, "validation_steps", 200, "Updates between sample grids; 0: none")
-    _flag(g, "validation_prompts", None, "Prompts of the grid; None: the first of the training prompts", nargs="+")
-    _flag(g, "num_validation_images", 8, "Images of the grid if --validation_prompts is not given")
-    _flag(g, "validation_seed", 0, "Of the grid's noise")
-    _flag(g, "logging_steps", 10, "Updates between logged losses, of which the means since the last time are logged")
-    _flag(g, "report_to", "none", "Trackers, with commas between them: tensorboard, wandb, ...; all: those installed")
-    _flag(g, "logging_dir", "logs", "Of the trackers, inside output_dir")
-    _flag(
-        g,
-        "max_bad_steps",
-        20,
-        "Stop after so many updates in a row whose loss or gradient is not finite; one is skipped",
-    )
-    _flag(g, "dry_run", False, "Print the plan (parameters, memory, steps, images, checkpoints) and write nothing")
-
-
-def _add_hub_flags(parser: argparse.ArgumentParser) -> None:
-    g = parser.add_argument_group("upload of the student to the Hugging Face Hub")
-    _flag(g, "push_to_hub", False, "Upload student, scheduler, sample grid and a model card when done")
-    _flag(g, "hub_model_id", None, "Repository; None: the name of output_dir, in the account of the token")
-    _flag(g, "hub_token", None, "Token with the right to write; None: that of `hf auth login`")
-    _flag(g, "hub_private", False, "Make the repository private, if it is new")
-    _flag(g, "hub_license", None, "Licence that the card names, e.g. apache-2.0")
+    add_flag(g, "gradient_checkpointing", False, "Recompute activations in backward")
+    add_flag(g, "allow_tf32", False, "TF32 in float32 products and convolutions of NVIDIA GPUs: faster, 10 bits")
+    add_flag(g, "torch_compile", False, "Compile the UNet, once per role")
+    add_flag(g, "channels_last", False, "Memory format of the UNet")
+    add_state_flags(g, checkpointing_steps=500)
+    add_flag(g, "validation_steps", 200, "Updates between sample grids; 0: none")
+    add_flag(g, "validation_prompts", None, "Prompts of the grid; None: the first of the training prompts", nargs="+")
+    add_flag(g, "num_validation_images", 8, "Images of the grid if --validation_prompts is not given")
+    add_flag(g, "validation_seed", 0, "Of the grid's noise")
+    add_flag(g, "dry_run", False, "Print the plan (parameters, memory, steps, images, checkpoints) and write nothing")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -267,8 +242,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     _add_data_flags(parser)
     _add_text_flags(parser)
     groups = (_add_method_flags, _add_role_flags, _add_warmup_flags, _add_optimiser_flags, _add_machine_flags)
-    for add in (*groups, _add_hub_flags):
+    for add in groups:
         add(parser)
+    add_hub_flags(parser, "student")
     parser.set_defaults(**preset(input_args))
     args = parser.parse_args(input_args)
     check_args(args)
@@ -296,7 +272,7 @@ AT_LEAST = {
     "validation_steps seed",
 }
 POSITIVE = "student_alpha fake_alpha learning_rate fake_learning_rate warmup_learning_rate adam_epsilon max_grad_norm huber_delta"
-FRACTIONS = "proportion_empty_prompts adam_beta1 adam_beta2 ema_decay"
+FRACTIONS = "proportion_empty_prompts ema_decay"
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -305,16 +281,9 @@ def check_args(args: argparse.Namespace) -> None:
     Raises:
         ValueError: names the flag, its value and what is expected.
     """
-    rules = [
-        (n, lambda v, low=low: v >= low, f"at least {low}") for low, names in AT_LEAST.items() for n in names.split()
-    ]
-    rules += [(n, lambda v: v > 0, "more than 0") for n in POSITIVE.split()]
-    rules += [(n, lambda v: 0 <= v <= 1, "from 0 to 1") for n in FRACTIONS.split()]
-    rules += [("terminal_alpha_cumprod", lambda v: 0 < v < 1, "between 0 and 1")]
-    for name, holds, expectation in rules:
-        value = getattr(args, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"--{name} is {value}, expected {expectation}.")
+    check_numbers(args, AT_LEAST, POSITIVE, FRACTIONS, below_1="adam_beta1 adam_beta2")
+    if args.terminal_alpha_cumprod is not None and not 0 < args.terminal_alpha_cumprod < 1:
+        raise ValueError(f"--terminal_alpha_cumprod is {args.terminal_alpha_cumprod}, expected between 0 and 1.")
     check_method_flags(args)
     if args.min_timestep > args.max_timestep:
         raise ValueError(f"--min_timestep {args.min_timestep} is above --max_timestep {args.max_timestep}.")
@@ -323,13 +292,11 @@ def check_args(args: argparse.Namespace) -> None:
             f"--fake_min_timestep {args.fake_min_timestep} is above --fake_max_timestep {args.fake_max_timestep}."
         )
     check_prompt_flags(args)
-    tracker_names(args.report_to)
-    if args.use_8bit_adam and importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError("--use_8bit_adam needs bitsandbytes, which is not installed: pip install bitsandbytes.")
+    check_packages(args.report_to, args.use_8bit_adam)
     if args.init_student is not None and not Path(args.init_student).exists():
         raise ValueError(f"--init_student {args.init_student} does not exist, expected a LoRaD folder or file.")
     if not args.dry_run:
-        check_output_dir(Path(args.output_dir))
+        check_output_dir(args.output_dir)
 
 
 def check_method_flags(args: argparse.Namespace) -> None:
@@ -390,25 +357,13 @@ def check_prompt_flags(args: argparse.Namespace) -> None:
         raise ValueError("--text_cache_dir is for --precompute_text_embeddings, which is not given.")
 
 
-def check_output_dir(folder: Path) -> None:
-    """Make `folder` and write a file in it, so that hours of training are not lost at the first checkpoint."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written to ({error}). Choose another folder.") from error
-
-
 def main(args: argparse.Namespace) -> None:
     """Train with checked flags `args`; the student is in `args.output_dir` afterwards.
 
     Raises:
         SystemExit: Ctrl-C or SIGTERM stopped it, after a checkpoint; 130 or 143.
     """
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    set_num_threads(args.num_threads)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    begin(args.num_threads, args.allow_tf32)
     logging.info("objective %s", objectives.describe(args))
     if args.dry_run:
         if int(os.environ.get("RANK", 0)) == 0:

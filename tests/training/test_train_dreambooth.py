@@ -22,6 +22,7 @@ from diffusers_wadi import LoRaDConfig, LoRaDLayer, WaDiPipeline, load_lorad_ada
 from diffusers_wadi.customization.model import SubjectModel
 from diffusers_wadi.customization.trainer import DreamBoothTrainer
 from diffusers_wadi.distillation import checkpoint
+from diffusers_wadi.distillation import flags as common_flags
 from diffusers_wadi.distillation.adapters import AdapterSpec
 from diffusers_wadi.downstream.dreambooth import load_subject
 
@@ -359,7 +360,9 @@ BAD_FLAGS = {
 
 @pytest.mark.parametrize("flags, message", BAD_FLAGS.values(), ids=BAD_FLAGS)
 def test_bad_flags_are_refused_at_once(run, monkeypatch, flags, message):
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else True)
+    monkeypatch.setattr(
+        common_flags.importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else True
+    )
     with pytest.raises(ValueError, match=message):
         run("out", *flags)
 

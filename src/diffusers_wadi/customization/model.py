@@ -19,12 +19,12 @@ from .._files import folder_written_beside, written_beside
 from ..distillation.adapters import AdapterSpec
 from ..distillation.backbones import StableDiffusionBackbone, load_backbone
 from ..distillation.checkpoint import lasting_name
+from ..distillation.flags import MIXED_PRECISION
 from ..downstream.dreambooth import LORA_FILE, TEXT_ENCODER, sampling_scheduler
 from ..loaders import save_lorad_adapter
 from ..lorad import LoRaDConfig
 
 METHODS = {"lorad": (1e-4, 1500), "lora": (1e-4, 1500), "full": (5e-6, 800)}  # learning rate, steps (paper)
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SUBJECT = "subject"  # name of the adapter
 TEXT_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj")
 
@@ -82,7 +82,7 @@ class SubjectModel:
         self.args, self.device = args, accelerator.device
         # What is trained is float32: with all weights trained that is the base itself.
         half = self.device.type != "cpu" and args.method != "full"
-        self.dtype = DTYPES[args.mixed_precision] if half else torch.float32
+        self.dtype = MIXED_PRECISION[args.mixed_precision] if half else torch.float32
         self.pipe = self._load()
         self._own_scheduler = self.pipe.scheduler
         self.pipe.scheduler = sampling_scheduler(self.pipe.scheduler)

@@ -23,7 +23,7 @@ from ..distillation.monitoring import Averages, memory_gb, tracker_names
 from ..distillation.samples import save_grid, send_images
 from ..distillation.settings import check_settings, plain_settings, save_settings
 from ..distillation.steps import Trainee
-from ..distillation.stopping import StopSignals
+from ..distillation.stopping import StopSignals, report_stop
 from ..downstream.dreambooth import SubjectImages, dreambooth_loss, noise_target
 from . import publishing
 from .data import SubjectData
@@ -183,12 +183,7 @@ class DreamBoothTrainer:
         return total
 
     def _stop(self, received: signal.Signals) -> signal.Signals:
-        folder = self.save_checkpoint()
-        logger.warning(
-            "stopped by %s after step %d of %d; %s is saved. Go on with the same command and --resume_from_checkpoint "
-            "latest.",
-            *(received.name, self.step, self.total_steps, folder),
-        )
+        report_stop(received, self.step, self.total_steps, self.save_checkpoint())
         self.accelerator.end_training()
         return received
 

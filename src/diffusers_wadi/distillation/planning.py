@@ -27,6 +27,7 @@ from transformers import AutoConfig
 from . import setup
 from .adapters import adapter_specs
 from .backbones import Backbone, PixArtBackbone
+from .flags import DTYPES
 from .networks import FAKE, STUDENT, TEACHER, WaDiNetworks
 from .regression import RegressionPairs
 from .steps import WaDiSteps
@@ -197,7 +198,7 @@ def _networks_of_shapes(
     args: argparse.Namespace, backbone: Backbone, base_dtype: torch.dtype, plain_attention: bool
 ) -> WaDiNetworks:
     """Without numbers; in the dtype of autocast where that is on, whatever the base is kept in."""
-    low = setup.DTYPES.get(args.mixed_precision)
+    low = DTYPES.get(args.mixed_precision)
     backbone.dtype = base_dtype if low is None else low
     with META:
         model = _cast(backbone.denoiser_class.from_config(backbone.config), backbone.dtype)
@@ -309,7 +310,7 @@ def _bytes_of_other_models(args: argparse.Namespace, backbone: Backbone, base_dt
         if not args.precompute_text_embeddings:
             encoder = getattr(transformers, backbone.index["text_encoder"][1])(_text_encoder_config(backbone))
             usual = base_dtype if isinstance(backbone, PixArtBackbone) else torch.float32
-            models["text encoder"] = _cast(encoder, setup.DTYPES.get(args.text_encoder_dtype, usual))
+            models["text encoder"] = _cast(encoder, DTYPES.get(args.text_encoder_dtype, usual))
     return {name: sum(p.numel() * p.element_size() for p in model.parameters()) for name, model in models.items()}
 
 

@@ -15,13 +15,13 @@ from tqdm.auto import tqdm
 
 from . import data, prompts, regression
 from .backbones import Backbone, PixArtBackbone, load_backbone
+from .flags import DTYPES
 from .losses import NoiseSchedule, Predict
 from .prompt_store import PromptStore, describe_lengths, length_statistics, write_prompts
 from .text_cache import CachePlan, TextCache, cache_folder, check_space, fill_cache, wait_for_shards
 from .text_encoders import TextEncoder
 
 logger = logging.getLogger(__name__)
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def make_backbone(args: argparse.Namespace, device: torch.device) -> Backbone:

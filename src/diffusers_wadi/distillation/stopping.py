@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -55,3 +56,11 @@ class StopSignals:
         mine = torch.tensor([self.received or 0], device=self.accelerator.device)
         highest = int(self.accelerator.gather(mine).max())
         return signal.Signals(highest) if highest else None
+
+
+def report_stop(received: signal.Signals, step: int, total_steps: int, folder: Path) -> None:
+    """Log that a run ended early with its state in `folder`, and how to go on."""
+    logger.warning(
+        "stopped by %s after step %d of %d; %s is saved. Go on with the same command and --resume_from_checkpoint latest.",
+        *(received.name, step, total_steps, folder),
+    )

@@ -23,14 +23,14 @@ from ..loaders import load_lorad_adapter
 from . import checkpoint, exporting, losses, publishing, setup
 from .adapters import AdapterSpec, adapter_specs
 from .distributed import refuse_sharding
+from .flags import DTYPES
 from .monitoring import RunLog, tracker_names
 from .networks import FAKE, STUDENT, WaDiNetworks
 from .objectives import start_scheduler
 from .samples import GridPainter, save_grid, send_images
 from .settings import PROMPTS, check_settings, plain_settings, save_settings
-from .setup import DTYPES
 from .steps import WaDiSteps
-from .stopping import StopSignals
+from .stopping import StopSignals, report_stop
 
 logger = logging.getLogger(__name__)
 WAIT = timedelta(hours=12)
@@ -225,12 +225,7 @@ class WaDiTrainer:
                 self.validate()
 
     def _stop(self, received: signal.Signals) -> signal.Signals:
-        folder = self.save_checkpoint()
-        logger.warning(
-            "stopped by %s after step %d of %d; %s is saved. Go on with the same command and "
-            "--resume_from_checkpoint latest.",
-            *(received.name, self.step, self.total_steps, folder),
-        )
+        report_stop(received, self.step, self.total_steps, self.save_checkpoint())
         self.accelerator.end_training()
         return received
 
