@@ -15,7 +15,6 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import ControlNetModel
+from drawing import draw, seconds_per_image
 from PIL import Image
 
 from diffusers_wadi import (
@@ -38,7 +38,6 @@ from diffusers_wadi.shapes.conditions import condition_of, mask_iou
 SCRIPT = Path(__file__).parent.parent / "training" / "train_shapes_controlnet.py"
 GENERATORS = ("teacher", "student")
 SCALES = (1.0, 0.5)
-BATCH = 50
 
 
 def call_of(generator: str, steps: int) -> tuple[str, dict[str, Any]]:
@@ -63,20 +62,6 @@ def conditions_for(captions: Sequence[str]) -> list[Image.Image]:
     return [Image.fromarray(condition_of(image)) for image in renders]
 
 
-def draw(
-    pipe: Any, captions: Sequence[str], masks: Sequence[Image.Image] | None, adapter: bool, **call: Any
-) -> np.ndarray:
-    """uint8 images (n, 64, 64, 3); image i starts from seed i. `masks` None: `pipe` has no ControlNet."""
-    (pipe.unet.enable_adapters if adapter else pipe.unet.disable_adapters)()
-    images = []
-    for start in range(0, len(captions), BATCH):
-        batch = list(captions[start : start + BATCH])
-        control = {} if masks is None else {"image": list(masks[start : start + BATCH])}
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
-        images.append(pipe(batch, generator=seeds, output_type="np", **control, **call).images)
-    return np.round(np.concatenate(images) * 255).astype(np.uint8)
-
-
 def judged(images: np.ndarray, captions: Sequence[str], masks: Sequence[Image.Image]) -> dict[str, float]:
     """Mean mask IoU, and what the judge says of the captions."""
     verdicts = [judge_image(image, caption) for image, caption in zip(images, captions)]
@@ -85,16 +70,6 @@ def judged(images: np.ndarray, captions: Sequence[str], masks: Sequence[Image.Im
         "attributes right": float(np.mean([right for verdict in verdicts for right in verdict.values()])),
         "captions wholly right": float(np.mean([all(verdict.values()) for verdict in verdicts])),
     }
-
-
-def seconds_per_image(one: Callable[[], Any], rounds: int = 3) -> float:
-    """Median wall time of one image, prompt to pixels, after a warm-up."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        one()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
 
 
 def measure(
@@ -127,9 +102,10 @@ def measure(
             pipe.set_progress_bar_config(disable=True)
             call = how | ({} if scale is None else {"controlnet_conditioning_scale": scale})
             given = None if scale is None else masks
-            drawn = draw(pipe, captions, given, **call)
+            drawn = draw(pipe, captions, control=given, **call)
             shown[generator, setting] = drawn
-            seconds = seconds_per_image(lambda: draw(pipe, captions[:1], given and given[:1], **call))  # noqa: B023
+            first = given and given[:1]
+            seconds = seconds_per_image(lambda: draw(pipe, captions[:1], control=first, **call))  # noqa: B023
             for metric, value in judged(drawn, captions, masks).items():
                 row = {"task": "controlnet", "generator": generator, "setting": setting, "metric": metric}
                 rows.append(row | {"value": value, "images": images, "seconds_per_image": seconds})

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
+from drawing import draw, seconds_per_image
 from PIL import Image
 
 from diffusers_wadi import LoRaDConfig, WaDiPipeline, bundled_checkpoint, save_lorad_adapter
@@ -97,12 +98,7 @@ def load(generator: str, setting: str, folder: Path | None, weight: float = 1.0)
 def generate(pipe: StableDiffusionPipeline, generator: str, prompts: list[str], steps: int = 50) -> np.ndarray:
     """uint8 (n, 64, 64, 3). Image i starts from seed i, whatever draws it; `steps` are the teacher's."""
     call = {} if generator == STUDENT else {"num_inference_steps": steps, "guidance_scale": GUIDANCE}
-    images = []
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
-        images.append(pipe(batch, generator=seeds, output_type="np", **call).images)
-    return np.round(np.concatenate(images) * 255).astype(np.uint8)
+    return draw(pipe, prompts, adapter=True, batch_size=BATCH, **call)
 
 
 def judge(images: np.ndarray, prompts: list[world.SubjectPrompt]) -> dict[str, float]:
@@ -126,23 +122,13 @@ def world_kept(pipe: StableDiffusionPipeline, generator: str, count: int) -> flo
     return float(np.mean(rights))
 
 
-def seconds_per_image(pipe: StableDiffusionPipeline, generator: str, rounds: int = 3) -> float:
-    """Median time of one image, prompt to pixels, after one warm-up."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        generate(pipe, generator, [world.INSTANCE_PROMPT])
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
-
-
 def cell(generator: str, setting: str, folder: Path | None, images: int, seed: int = 0) -> list[dict[str, Any]]:
     """The rows of one generator with one way to have learned the subject."""
     pipe, prompts = load(generator, setting, folder), world.subject_prompts(images, seed)
     values = judge(generate(pipe, generator, [prompt.text() for prompt in prompts]), prompts)
     if generator == STUDENT:
         values["world kept"] = world_kept(pipe, generator, images)
-    seconds = seconds_per_image(pipe, generator)
+    seconds = seconds_per_image(lambda: generate(pipe, generator, [world.INSTANCE_PROMPT]))
     common = {"task": "dreambooth", "generator": generator, "setting": setting}
     numbers = {"images": images, "seconds_per_image": seconds}
     return [{**common, "metric": metric, "value": value, **numbers} for metric, value in values.items()]

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from drawing import draw, seconds_per_image
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -35,7 +36,7 @@ from diffusers_wadi.shapes.relations import MEANINGS, judge_relation, prompt_of,
 
 SCRIPT = Path(__file__).parent.parent / "training" / "train_reversion.py"
 WHO = ("teacher", "student")
-BATCH, EXEMPLARS, START, TRAIN_STEPS = 50, 10, "on", 600
+EXEMPLARS, START, TRAIN_STEPS = 10, "on", 600
 RELATIONS = tuple(MEANINGS)
 BEFORE = ("before: row of 'on'", "before: random row")
 SETTINGS = (*BEFORE, "learned")
@@ -89,31 +90,10 @@ def pipeline_with(row: Tensor) -> WaDiPipeline:
     return pipe
 
 
-def draw(pipe: WaDiPipeline, prompts: Sequence[str], adapter: bool, **call: Any) -> np.ndarray:
-    """uint8 images (n, 64, 64, 3); image i starts from seed i."""
-    (pipe.unet.enable_adapters if adapter else pipe.unet.disable_adapters)()
-    images = []
-    for start in range(0, len(prompts), BATCH):
-        batch = list(prompts[start : start + BATCH])
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
-        images.append(pipe(batch, generator=seeds, output_type="np", **call).images)
-    return np.round(np.concatenate(images) * 255).astype(np.uint8)
-
-
 def judged(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
     """Share of images that show the relation, and of those in which all else is right too."""
     verdicts = [judge_relation(image, scene) for image, scene in zip(images, scenes)]
     return {f"{name} right": float(np.mean([verdict[name] for verdict in verdicts])) for name in verdicts[0]}
-
-
-def seconds_per_image(one: Callable[[], Any], rounds: int = 3) -> float:
-    """Median wall time of one image, prompt to pixels, after a warm-up."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        one()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
 
 
 def measure(

@@ -16,24 +16,24 @@ import argparse
 import json
 import os
 import platform
-import time
 from pathlib import Path
 
 import numpy as np
-import scipy.linalg
 import torch
+from drawing import draw, seconds_per_image
 from PIL import Image
 
 from diffusers_wadi import one_step_pipeline_class
+from diffusers_wadi.evaluation.metrics import frechet_distance, judge_all
 from diffusers_wadi.shapes import (
     FOLDERS,
     bundled_checkpoint,
     heldout_captions,
-    judge_image,
     parse_caption,
     render_scenes,
 )
 
+ONE = "a large red heart on a white background"  # that is timed
 GENERATORS = {
     "teacher, 25 steps": {"adapter": False, "num_inference_steps": 25, "guidance_scale": 3.0},
     "student, 1 step": {"adapter": True, "num_inference_steps": 1, "guidance_scale": 1.0},
@@ -54,49 +54,9 @@ def features(images: np.ndarray) -> np.ndarray:
     return np.concatenate([colour.reshape(n, -1), gradient.reshape(tiles).mean(axis=(2, 4)).reshape(n, -1)], axis=1)
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)) of the features of two image sets."""
-    x, y = features(a), features(b)
-    cov_x, cov_y = np.cov(x, rowvar=False), np.cov(y, rowvar=False)
-    # The eigenvalues of a product of covariances are real and non-negative; rounding alone makes them otherwise.
-    root_trace = np.sqrt(np.clip(scipy.linalg.eigvals(cov_x @ cov_y).real, 0, None)).sum()
-    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(cov_x) + np.trace(cov_y) - 2 * root_trace)
-
-
-def generate(pipeline, captions: list[str], batch_size: int, adapter: bool, **call) -> np.ndarray:
-    """uint8 images (n, 64, 64, 3). Image i starts from seed i, so that every generator sees the same noise."""
-    denoiser = getattr(pipeline, pipeline.lorad_component)
-    (denoiser.enable_adapters if adapter else denoiser.disable_adapters)()
-    images = []
-    for start in range(0, len(captions), batch_size):
-        batch = captions[start : start + batch_size]
-        seeds = [torch.Generator().manual_seed(start + i) for i in range(len(batch))]
-        images.append(pipeline(batch, generator=seeds, output_type="np", **call).images)
-    return np.round(np.concatenate(images) * 255).astype(np.uint8)
-
-
-def judge_all(images: np.ndarray, captions: list[str]) -> dict:
-    """Share of attributes right, share of captions wholly right, and the share right of each kind of attribute."""
-    verdicts = [judge_image(image, caption) for image, caption in zip(images, captions)]
-    kinds: dict[str, list[bool]] = {}
-    for verdict in verdicts:
-        for name, right in verdict.items():
-            kinds.setdefault(name.split(".")[-1], []).append(right)
-    return {
-        "attributes": float(np.mean([right for rights in kinds.values() for right in rights])),
-        "captions": float(np.mean([all(verdict.values()) for verdict in verdicts])),
-        "by_attribute": {name: float(np.mean(rights)) for name, rights in sorted(kinds.items())},
-    }
-
-
-def seconds_per_image(pipeline, adapter: bool, rounds: int = 5, **call) -> float:
-    """Median wall time of one image, prompt to pixels, batch 1, after one warm-up."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        generate(pipeline, ["a large red heart on a white background"], 1, adapter, **call)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[1:]))
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance between the features of two sets of images."""
+    return frechet_distance(torch.from_numpy(features(a)), torch.from_numpy(features(b)))
 
 
 def save_picture(images: dict[str, np.ndarray], captions: list[str], path: Path, columns: int) -> None:
@@ -145,7 +105,7 @@ def main() -> None:
     pipeline.set_progress_bar_config(disable=True)
     if args.one_shape:
         for name, call in GENERATORS.items():
-            images = generate(pipeline, one_shape_captions(), args.batch_size, **call)
+            images = draw(pipeline, one_shape_captions(), batch_size=args.batch_size, **call)
             print(name, len(images), json.dumps(judge_all(images, one_shape_captions())))
         return
     captions = heldout_captions(args.num_captions, seed=1)
@@ -159,16 +119,16 @@ def main() -> None:
         "num_captions": args.num_captions,
         "num_frechet": args.num_frechet,
         "generators": {},
-        "real": judge_all(same[: args.num_captions], captions) | {"frechet": frechet_distance(real, same)},
-        "frechet_same_captions": frechet_distance(real, floor),
+        "real": judge_all(same[: args.num_captions], captions) | {"frechet": distance(real, same)},
+        "frechet_same_captions": distance(real, floor),
     }
     stacks = {}
     for name, call in GENERATORS.items():
-        images = generate(pipeline, frechet_captions, args.batch_size, **call)
+        images = draw(pipeline, frechet_captions, batch_size=args.batch_size, **call)
         stacks[name] = images
         results["generators"][name] = judge_all(images[: args.num_captions], captions) | {
-            "frechet": frechet_distance(real, images),
-            "seconds": seconds_per_image(pipeline, **call),
+            "frechet": distance(real, images),
+            "seconds": seconds_per_image(lambda: draw(pipeline, [ONE], **call), rounds=5),  # noqa: B023
         }
         print(name, json.dumps(results["generators"][name]), flush=True)
     print(markdown(results))

@@ -210,16 +210,17 @@ def save_controlnet(folder):
     net.save_pretrained(folder)
 
 
-def load(folder, name):
-    """A script of the repository as a module."""
+def load(folder, name, monkeypatch):
+    """A script of the repository as a module; it may import its siblings."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / folder)
     spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[2] / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_benchmark_measures_every_cell(tmp_path):
-    benchmark = load("benchmarks", "downstream_controlnet")
+def test_the_benchmark_measures_every_cell(tmp_path, monkeypatch):
+    benchmark = load("benchmarks", "downstream_controlnet", monkeypatch)
     save_controlnet(tmp_path / "mask" / "controlnet")
     rows = benchmark.measure(images=2, steps=2, work_dir=tmp_path, picture=tmp_path / "picture.png")
     cells = {(row["generator"], row["setting"]) for row in rows}
@@ -235,8 +236,8 @@ def test_the_benchmark_measures_every_cell(tmp_path):
     assert benchmark.markdown(rows).count("\n") == 6
 
 
-def test_the_example_draws_a_row_of_strengths(tmp_path):
-    example = load("examples", "controlnet")
+def test_the_example_draws_a_row_of_strengths(tmp_path, monkeypatch):
+    example = load("examples", "controlnet", monkeypatch)
     save_controlnet(tmp_path / "net")
     caption = "a large red heart on a white background"
     mask = conditions.condition_of(render_scenes([parse_caption(caption)])[0])
