@@ -5,12 +5,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from diffusers import PixArtAlphaPipeline, StableDiffusionPipeline
+from diffusers import ControlNetModel, PixArtAlphaPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_pixart import pixart_pipeline
 
-from diffusers_wadi import LoRaDConfig, WaDiPipeline, bundled_checkpoint, cli
+from diffusers_wadi import LoRaDConfig, WaDiControlNetPipeline, WaDiPipeline, bundled_checkpoint, cli
 from diffusers_wadi._adapter_ops import add_adapter
 from diffusers_wadi.cli import _flags, convert
 from diffusers_wadi.cli import generate as generating
@@ -53,6 +53,27 @@ def test_size_and_dtype(adapter_folder, tmp_path, capsys):
     assert Image.open(tmp_path / "x.jpg").size == (64, 72)
     said = capsys.readouterr().out
     assert "bfloat16" in said and "(seed 0)" in said  # the same image each time, if no seed is given
+
+
+def test_a_controlnet_checkpoint_takes_a_condition_image(components, base_folder, tmp_path, capsys):
+    controlnet = ControlNetModel.from_unet(components["unet"], conditioning_embedding_out_channels=(4, 4, 8, 8))
+    torch.nn.init.normal_(controlnet.controlnet_mid_block.weight)
+    pipe = WaDiControlNetPipeline(**components, controlnet=controlnet)
+    pipe.save_pretrained(tmp_path / "model")
+    condition = Image.new("RGB", (64, 64), "red")
+    condition.save(tmp_path / "condition.png")
+    command = ["generate", "red", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out.png")]
+    image = ["--image", str(tmp_path / "condition.png")]
+    assert cli.main([*command, *image]) == 0
+    expected = pipe("red", image=condition, generator=torch.Generator().manual_seed(0)).images[0]
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "out.png")), np.asarray(expected))
+    capsys.readouterr()
+    for wrong, message in (
+        (command, "--image FILE"),
+        ([*command, "--image", str(tmp_path / "none.png")], "cannot be read"),
+        ([*command[:3], str(base_folder), *command[4:], *image], "has no ControlNet"),
+    ):
+        assert cli.main(wrong) != 0 and message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

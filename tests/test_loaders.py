@@ -9,6 +9,7 @@ from conftest import TARGETS, add_random_adapter, tiny_unet
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.pytorch_utils import Conv1D
 
 from diffusers_wadi import LoRaDConfig, WaDiPipeline, load_lorad_adapter, save_lorad_adapter
 from diffusers_wadi.loaders import lorad_layers
@@ -73,6 +74,28 @@ def test_file_alone_folder_and_dict_are_the_same(components, adapter_folder, tmp
         load_lorad_adapter(model, source)
         results.append(predict(model))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("component", ["unet", "transformer", "text_encoder"])
+def test_keys_may_be_named_by_their_component(components, adapter_folder, component):
+    plain = {key.removeprefix("unet."): value for key, value in load_file(adapter_folder / WEIGHTS).items()}
+    named, unnamed = components["unet"], copy.deepcopy(components["unet"])
+    load_lorad_adapter(named, {f"{component}.{key}": value for key, value in plain.items()})
+    load_lorad_adapter(unnamed, plain)
+    assert torch.equal(predict(named), predict(unnamed))
+    with pytest.raises(ValueError, match="no such module"):
+        load_lorad_adapter(unnamed, {f"other.{key}": value for key, value in plain.items()}, "second")
+
+
+def test_a_conv1d_fits_as_it_is_stored(tmp_path):
+    model = torch.nn.Sequential()
+    model.add_module("c_fc", Conv1D(8, 6))  # 6 in, 8 out, stored (6, 8)
+    saved = {"c_fc.lorad_A": torch.randn(8, 2), "c_fc.lorad_B": torch.randn(2, 3)}
+    load_lorad_adapter(model, saved)
+    assert torch.equal(dict(model.named_parameters())["c_fc.lorad_A.default"], saved["c_fc.lorad_A"])
+    turned = {"c_fc.lorad_A": torch.randn(6, 2), "c_fc.lorad_B": torch.randn(2, 4)}
+    with pytest.raises(ValueError, match=r"the file is for \(out, in\) = \(6, 8\), the model has \(8, 6\)"):
+        load_lorad_adapter(model, turned, "second")
 
 
 def test_config_beside_equals_metadata_and_peft_reads_it(adapter_folder, base_folder):

@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 
 from diffusers_wadi._files import find_file, probe_file
 from diffusers_wadi.lorad.config import LoRaDConfig
-from diffusers_wadi.lorad.targets import adaptable_layers
+from diffusers_wadi.lorad.targets import adaptable_layers, weight_vectors
 
 LORAD_WEIGHT_NAME = "pytorch_lorad_weights.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+COMPONENTS = ("unet", "transformer", "text_encoder")  # by which keys are named that were saved from a pipeline
 METADATA_KEY = "lorad_config"
 
 StateDict = dict[str, torch.Tensor]
@@ -96,11 +97,15 @@ def read_adapter(
     return state, config, str(path)
 
 
-def split_factors(state: StateDict, component: str, origin: str) -> tuple[Factors, StateDict]:
-    """Pair the A and B of each module; what else there is (bias, modules_to_save) comes second."""
-    prefix = component + "."
-    if all(key.startswith(prefix) for key in state):
-        state = {key.removeprefix(prefix): value for key, value in state.items()}
+def split_factors(state: StateDict, component: str | None, origin: str) -> tuple[Factors, StateDict]:
+    """Pair the A and B of each module; what else there is (bias, modules_to_save) comes second.
+
+    `component` is a prefix that all keys may have and that is dropped; None: the name of any part of a pipeline.
+    """
+    for prefix in [f"{name}." for name in ((component,) if component else COMPONENTS)]:
+        if state and all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+            break
     _refuse_foreign(state, origin)
     first = {key[: -len(".lorad_A")]: value for key, value in state.items() if key.endswith(".lorad_A")}
     second = {key[: -len(".lorad_B")]: value for key, value in state.items() if key.endswith(".lorad_B")}
@@ -145,12 +150,10 @@ def _misfit(name: str, module: torch.nn.Module | None, a: torch.Tensor, b: torch
     if module is None:
         return f"{name}: no such module"
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    weight = getattr(base, "weight", None)
+    weight = getattr(base, "in_proj_weight" if isinstance(base, torch.nn.MultiheadAttention) else "weight", None)
     if weight is None or weight.ndim < 2:
         return f"{name}: a {type(base).__name__} cannot be rotated"
-    out_features, in_features = weight.shape[0], weight[0].numel()
-    if isinstance(base, torch.nn.Linear):  # a quantised weight may be packed into another shape
-        out_features, in_features = base.out_features, base.in_features
+    out_features, in_features = weight_vectors(base)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or not a.is_floating_point():
         return f"{name}: lorad_A {tuple(a.shape)} and lorad_B {tuple(b.shape)} are not (out, r) and (r, in/2)"
     if (a.shape[0], b.shape[1]) != (out_features, in_features // 2):  # a convolution may have an odd one over

@@ -119,7 +119,7 @@ def load_lorad_adapter(
     model: torch.nn.Module,
     source: str | os.PathLike | Mapping[str, torch.Tensor],
     adapter_name: str = "default",
-    component: str = "unet",
+    component: str | None = None,
     weight_name: str | None = None,
     subfolder: str | None = None,
     low_cpu_mem_usage: bool = True,
@@ -132,7 +132,7 @@ def load_lorad_adapter(
         model: the base model, with or without other adapters, offloaded or not.
         source: adapter folder, .safetensors file, Hub name, or a state dict.
         adapter_name: name to give it; must be free, or with `hotswap` that of the adapter to replace.
-        component: prefix of the keys to strip, if they have it.
+        component: prefix of the keys to strip, if they have it. Default None: "unet", "transformer" or "text_encoder".
         weight_name: file name in a folder or repository, default "pytorch_lorad_weights.safetensors".
         subfolder: folder inside `source`.
         low_cpu_mem_usage: use the tensors of the file instead of copying them into freshly drawn ones. Default True.

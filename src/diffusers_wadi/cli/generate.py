@@ -36,6 +36,7 @@ def add_generate(commands: Any) -> None:
     add("--dtype", choices=DTYPES, help="number format; without it float16 on a GPU, float32 on the CPU")
     add("--height", type=positive, help="height in pixels, a multiple of 8; without it the model's")
     add("--width", type=positive, help="width in pixels, a multiple of 8; without it the model's")
+    add("--image", help="condition image, for a checkpoint with a ControlNet and for it alone")
     advice = "Use a smaller size, fewer --num-images or --dtype float16."
     generate.set_defaults(run=_generate, memory_advice=advice)
 
@@ -46,11 +47,14 @@ def _generate(args: argparse.Namespace) -> None:
     _check_seeds(args.seed, count)
     _check_size(args.height, args.width)
     paths = _output_paths(args.output, count)
+    condition = None if args.image is None else _open_image(args.image)
     pipe, model = _load(args)
+    _check_condition(pipe, condition, model)
+    control = {} if condition is None else {"image": condition}
     for number, prompt in enumerate(args.prompts):
         first = number * args.num_images
         batch = paths[first : first + args.num_images]
-        _draw(pipe, prompt, args.seed + first, batch, args, model)
+        _draw(pipe, prompt, args.seed + first, batch, args, model, control)
 
 
 def _output_paths(output: str, count: int) -> list[Path]:
@@ -102,14 +106,34 @@ def _load(args: argparse.Namespace) -> tuple[Any, str]:
     return pipe, name
 
 
-def _draw(pipe: Any, prompt: str, seed: int, paths: list[Path], args: argparse.Namespace, model: str) -> None:
+def _open_image(file: str) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError) as error:
+        raise ValueError(f"--image {file} cannot be read as an image: {error}") from error
+
+
+def _check_condition(pipe: Any, condition: Any, model: str) -> None:
+    controlled = hasattr(pipe, "controlnet")
+    if controlled and condition is None:
+        raise ValueError(f"{model} has a ControlNet, which draws after a condition image; give one with --image FILE")
+    if condition is not None and not controlled:
+        raise ValueError(f"{model} has no ControlNet that would look at --image; leave it out")
+
+
+def _draw(
+    pipe: Any, prompt: str, seed: int, paths: list[Path], args: argparse.Namespace, model: str, control: dict[str, Any]
+) -> None:
     import torch
 
     start = time.perf_counter()
     # On the CPU whatever the device, so that a seed means the same image everywhere.
     generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(len(paths))]
     size = {"height": args.height, "width": args.width}
-    images = pipe(prompt, num_images_per_prompt=len(paths), generator=generators, **size).images
+    images = pipe(prompt, num_images_per_prompt=len(paths), generator=generators, **size, **control).images
     took = time.perf_counter() - start
     for i, (image, path) in enumerate(zip(images, paths)):
         _save(image, path, {"prompt": prompt, "seed": str(seed + i), "model": model})
