@@ -29,7 +29,7 @@ class Lines:
     def __call__(
         self, input_image=None, threshold=100, detect_resolution=512, image_resolution=512, output_type=None, **kw
     ):
-        self.seen = input_image
+        self.seen, self.sides = input_image, (detect_resolution, image_resolution)
         bright = np.asarray(input_image.resize((image_resolution, 64)).convert("L")) > threshold
         found = Image.fromarray(bright.astype(np.uint8) * 255)
         return found if output_type == "pil" else np.asarray(found)
@@ -92,7 +92,8 @@ def test_names_come_from_the_package_and_unknown_ones_are_listed(aux):
 def test_size_is_that_of_the_image_cut_to_latents_or_the_one_asked_for(aux):
     found = condition_image(PHOTO, "lines")
     assert found.size == (72, 48) and found.mode == "RGB" and set(np.unique(found)) == {0, 255}
-    assert load_detector("lines")[0].seen.size == (72, 48)
+    assert load_detector("lines")[0].seen.size == (72, 48) and load_detector("lines")[0].sides == (48, 48)
+    assert condition_image(Image.new("RGB", (77, 47)), None).size == (72, 40)
     assert condition_image(PHOTO, "lines", size=(96, 64)).size == (96, 64)
     assert condition_image(PHOTO, "soft", weights="here", size=(16, 24)).size == (16, 24)
     for size in ((60, 64), (0, 8)):
@@ -119,11 +120,13 @@ def test_modes(aux, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # lies on its side
     Image.new("RGB", (16, 8), "red").save(tmp_path / "turned.jpg", exif=exif)
-    assert condition_image(tmp_path / "turned.jpg", None).size == (8, 16)
+    for image in (tmp_path / "turned.jpg", Image.open(tmp_path / "turned.jpg")):
+        assert condition_image(image, None).size == (8, 16)
 
 
 def test_options_reach_the_detector_and_misspelt_ones_do_not_vanish(aux):
-    assert np.asarray(condition_image(PHOTO, "lines", threshold=0)).mean() > 250
+    assert np.asarray(condition_image(PHOTO, "lines", threshold=0, detect_resolution=16)).mean() > 250
+    assert load_detector("lines")[0].sides == (16, 48)
     with pytest.raises(TypeError, match="'lines' has no option 'treshold'; it has detect_resolution.*threshold"):
         condition_image(PHOTO, "lines", treshold=0)
     with pytest.raises(TypeError, match="detector is None"):

@@ -28,6 +28,7 @@ from diffusers_wadi.downstream.scalecrafter import (
     scalecrafter_settings,
 )
 from diffusers_wadi.downstream.scalecrafter._convolutions import wideable
+from diffusers_wadi.downstream.scalecrafter._presets import preset_settings
 
 CONVOLUTIONS = ["conv1", "conv2", "conv"]
 
@@ -214,6 +215,9 @@ def test_a_stock_stable_diffusion_15_gets_its_preset(components, warnings):
     enable_scalecrafter(pipe, 1280, 1280)
     widened = [m for m in wideable(pipe.unet).values() if list(m.dilation) == [3, 3] and len(m._forward_hooks) == 1]
     assert len(widened) == 39 and not warnings
+    assert scalecrafter_settings(pipe, 1024, 2048) == preset_settings("sd15", 1024, 2048)  # height, width
+    pipe.unet.register_to_config(cross_attention_dim=1024)
+    assert scalecrafter_settings(pipe, 1024, 1024) == preset_settings("sd21", 1024, 1024)
     enable_scalecrafter(pipe, 768, 768)
     assert "extrapolated" in warnings[0]
     disable_scalecrafter(pipe)
@@ -234,19 +238,29 @@ def dilations(unet, times):
 
 def test_the_first_steps_are_dilated_and_the_last_are_not(pipe):
     pipe.enable_scalecrafter(128, 128)
-    times = [981 - 20 * i for i in range(50)]
-    assert dilations(pipe.unet, times[25:35]) == [2] * 5 + [1] * 5  # 30 of 50 by the rule
+    for first in (981, 980):  # with the schedulers' offset and without
+        times = [first - 20 * i for i in range(50)]
+        assert dilations(pipe.unet, times[25:35]) == [2] * 5 + [1] * 5  # 30 of 50 by the rule
     assert dilations(pipe.unet, [999]) == [2]
     pipe.enable_scalecrafter(128, 128, until=1.0)
     assert dilations(pipe.unet, [1]) == [2]
 
 
-def test_large_sizes_come_down_step_by_step(pipe):
-    pipe.enable_scalecrafter(256, 256, until=0.7)
+@pytest.mark.parametrize("count", [35, 50])
+def test_large_sizes_come_down_step_by_step(pipe, count):
+    pipe.enable_scalecrafter(256, 256, until=count / 50)
     steps = range(0, 50, 4)
-    expected = [max(math.ceil(4 * (35 - i) / 35), 2) if i < 35 else 1 for i in steps]
+    expected = [max(math.ceil(4 * (count - i) / count), 2) if i < count else 1 for i in steps]
     assert dilations(pipe.unet, [999 - 20 * i for i in steps]) == expected
-    assert len(set(expected)) == 4
+    assert set(expected) >= {2, 3, 4}
+
+
+@pytest.mark.parametrize("until", [None, 1.0])
+def test_one_step_has_the_full_factors_even_if_they_are_not_whole(pipe, until):
+    pipe.enable_scalecrafter(256, 256, strength=0.5, factors={"mid_block": 1.25}, until=until)
+    predict(pipe.unet, (32, 32))
+    applied = pipe.unet._scalecrafter.applied
+    assert applied["mid_block.resnets.0.conv1"] == 1.25 and applied["up_blocks.0.resnets.0.conv1"] == 2.5
 
 
 def test_the_multi_step_teacher_runs_with_it(components):

@@ -79,6 +79,18 @@ def test_it_ends_with_the_dilation(spied):
     assert calls == [2, 1, 2]
 
 
+def test_the_weaker_pass_is_never_the_wider_one(spied):
+    """The factors of large sizes come down with the steps, and take the weaker ones along."""
+    pipe, calls, _ = spied
+    seen, layer = [], pipe.unet.mid_block.resnets[0].conv1
+    keep = layer.register_forward_hook(lambda module, args, output: seen.append(module.dilation[0]))
+    enable_scalecrafter(pipe, 256, 256, noise_damped=True, until=0.7)
+    call = CALL | {"height": 256, "width": 256, "num_inference_steps": 4}
+    pipe("red", guidance_scale=4.0, generator=torch.Generator().manual_seed(0), **call)
+    keep.remove()
+    assert list(zip(calls, seen)) == [(2, 3), (1, 3), (2, 2), (1, 2), (2, 1), (2, 1)]
+
+
 def test_one_step_is_refused_before_the_unet_runs(spied):
     pipe, calls, _ = spied
     enable_scalecrafter(pipe, factors=FACTORS, weak_factors=WEAK, noise_damped=True)
@@ -99,5 +111,7 @@ def test_weak_factors_come_from_the_rule_where_none_are_given(teacher):
     assert teacher.unet._scalecrafter.weak_factors == {
         f"mid_block.resnets.{i}.conv{j}": 4.0 for i in (0, 1) for j in (1, 2)
     }
+    enable_scalecrafter(teacher, 256, 256, noise_damped=True, strength=0.5)
+    assert set(teacher.unet._scalecrafter.weak_factors.values()) == {2.5}
     with pytest.raises(ValueError, match="height and width of a larger image, or weak_factors="):
         enable_scalecrafter(teacher, factors=FACTORS, noise_damped=True)

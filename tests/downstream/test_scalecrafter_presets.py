@@ -46,6 +46,16 @@ def test_factors_of_the_large_presets(names):
     assert sd21["up_blocks.3.resnets.2.conv2"] == 2 and "down_blocks.1.resnets.0.conv1" not in sd21
 
 
+def test_even_factors_and_how_long_they_hold(names):
+    """Of 50 steps 30 and 35, and 20, 30 and 37; sizes of two by four and more come down."""
+    for key, shares in (("sd15", [0.6, 0.7, 0.7, 0.7]), ("sd21", [0.4, 0.6, 0.74, 0.74])):
+        settings = [preset_settings(key, *size) for size in SIZES]
+        assert [each.until for each in settings] == shares
+        assert [each.progressive for each in settings] == [False, False, True, True]
+        assert [set(each.factors.values()) for each in settings[:2]] == [{2.0}, {2.5}]
+        assert settings[2].factors == preset_settings("sd15", 2048, 2048).factors
+
+
 @pytest.mark.parametrize("size", SIZES)
 def test_the_rule_meets_the_presets_of_stable_diffusion_15(names, size):
     rule, preset = rule_settings(512, 4, *size), preset_settings("sd15", *size)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import nn
 
 from diffusers_wadi import WaDiPipeline, bundled_checkpoint
-from diffusers_wadi.downstream.scalecrafter import disable_synced_tiling, enable_synced_tiling
+from diffusers_wadi.downstream.scalecrafter import _tiling, disable_synced_tiling, enable_synced_tiling
 from diffusers_wadi.downstream.scalecrafter._tiling import pooled_group_norm
 
 
@@ -60,6 +60,22 @@ def test_it_is_nearer_to_the_whole_than_stock_tiling(size):
 
 def error(image, whole):
     return (image - whole).abs().mean()
+
+
+def test_tiles_are_cut_and_blended_as_stock_tiling_does(vae, monkeypatch):
+    """With a decoder that only enlarges, in which nothing is shared, both have to be the same picture."""
+    vae, z = copy.deepcopy(vae), gradient_latents(23, 20)
+
+    def enlarge(tile, *_):
+        return torch.nn.functional.interpolate(tile[:, :3], scale_factor=8).cumsum(3)  # each tile of its own level
+
+    monkeypatch.setattr(vae.decoder, "forward", enlarge)
+    monkeypatch.setattr(_tiling, "_through_decoder", lambda decoder, tiles: tiles.each(enlarge))
+    vae.enable_tiling()
+    stock = vae.decode(z).sample
+    enable_synced_tiling(vae)
+    torch.testing.assert_close(vae.decode(z).sample, stock)
+    assert (stock - enlarge(vae.post_quant_conv(z))).abs().max() > 1  # more than one tile
 
 
 def test_tiles_may_wait_elsewhere(vae):

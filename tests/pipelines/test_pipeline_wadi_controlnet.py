@@ -1,7 +1,9 @@
 """`WaDiControlNetPipeline`: the formula with residuals, the guard rails of one step, loading, saving, and company."""
 
+import inspect
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from tiny_pixart import pixart_pipeline
 
 from diffusers_wadi import CardDetails, WaDiControlNetPipeline, WaDiPipeline, one_step_pipeline_class
 from diffusers_wadi.model_card import pipeline_card, with_sample_grid
+from diffusers_wadi.pipelines._control import nets_of
 
 LEADING = DDIMScheduler(**SD_BETAS, clip_sample=False)
 
@@ -145,6 +148,8 @@ def test_whole_numbers_are_scales_too(pipe):
         ({"height": 72, "width": 64}, "is 64x64 .* to be 64x72"),
         ({"width": 128}, "is 64x64 .* to be 128x64"),
         ({"image": condition().resize((60, 64))}, "60x64 .*multiples of 8.*64x64"),
+        ({"image": condition().resize((64, 60))}, "64x60 .*multiples of 8.*64x64"),
+        ({"timesteps": [999], "num_inference_steps": 4, "guess_mode": True}, "guess_mode needs guidance_scale"),
         ({"image": None}, "image= is missing"),
         ({"image": condition().convert("RGBA")}, "mode 'RGBA'.*convert"),
         ({"image": Image.new("I;16", (64, 64))}, "mode 'I;16'.*16-bit"),
@@ -180,9 +185,21 @@ def test_arrays_tensors_and_sizes(pipe):
     expected = draw(pipe)
     for image in (pixels[None], [pixels], tensor[None], [tensor]):
         assert np.array_equal(draw(pipe, image=image), expected)
-    assert draw(pipe, image=condition(height=72, width=96)).shape == (1, 72, 96, 3)
+    for more in ({}, {"latents": torch.zeros(1, 4, 9, 12)}):
+        assert draw(pipe, image=condition(height=72, width=96), **more).shape == (1, 72, 96, 3)
     several = draw(pipe, prompt=["red", "blue"], image=[CONDITION, condition(1)], num_images_per_prompt=2)
     assert several.shape == (4, 64, 64, 3)
+
+
+def test_every_argument_of_the_stock_pipeline_reaches_it(pipe, monkeypatch, said):
+    names = set(inspect.signature(pipe.stock_class.__call__).parameters) - {"self", "kwargs"}
+    # Two times are two steps, whatever the number of steps says, and then none of these is looked at.
+    given = {name: object() for name in names} | {"timesteps": [999, 499], "num_inference_steps": 1}
+    given |= {"guidance_scale": 1.0, "controlnet_conditioning_scale": 0.5, "further": "argument"}
+    seen = {}
+    monkeypatch.setattr(pipe.stock_class, "__call__", lambda self, **arguments: seen.update(arguments))
+    pipe(**given)
+    assert len(names) > 20 and seen == given
 
 
 def test_unfit_scheduler_is_refused_and_repaired_at_load(pipe, base_folder, controlnet, said):
@@ -230,6 +247,8 @@ def test_half_precision_steps_in_float32(pipe):
 
 def test_several_controlnets_add_up_and_each_has_its_scale(pipe, components, controlnet):
     second = make_controlnet(tiny_unet(), seed=8)
+    compiled = SimpleNamespace(_orig_mod=second)
+    assert nets_of([compiled, controlnet]) == [second, controlnet]
     both = WaDiControlNetPipeline.from_pipe(pipe, controlnet=[controlnet, second])
     images = [CONDITION, condition(1)]
     alone = draw(pipe)

@@ -1,5 +1,7 @@
 """`training/train_dreambooth_lorad.py` end to end on a tiny random model."""
 
+import copy
+import inspect
 import json
 import os
 import shutil
@@ -12,13 +14,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from hub_server import READ, WRITE
 from PIL import Image
 from safetensors.torch import load_file
 from wadi_script import TRAINING, assert_same, load_script
 
 from diffusers_wadi import LoRaDConfig, LoRaDLayer, WaDiPipeline, load_lorad_adapter
+from diffusers_wadi.customization import data
 from diffusers_wadi.customization.model import SubjectModel
 from diffusers_wadi.customization.trainer import DreamBoothTrainer
 from diffusers_wadi.distillation import checkpoint
@@ -129,6 +132,8 @@ def test_what_is_written_is_what_was_trained(run, base_folder, method, text):
     trained.train()
     latents = torch.randn(2, 4, 8, 8)
     wanted, states = prediction_of(trained.model.pipe, latents)
+    if method == "lora":
+        assert {model.peft_config["subject"].lora_alpha for model in trained.model.trained.values()} == {args.rank}
     pipe = StableDiffusionPipeline.from_pretrained(base_folder if method != "full" else args.output_dir)
     base_states = pipe.text_encoder(torch.tensor([[1, 2, 3]]))[0]
     untrained, base_text = prediction_of(StableDiffusionPipeline.from_pretrained(base_folder), latents)
@@ -141,6 +146,17 @@ def test_what_is_written_is_what_was_trained(run, base_folder, method, text):
     if method != "full" and text:
         pipe.set_adapters("subject", 0.0)
         assert torch.allclose(pipe.text_encoder(torch.tensor([[1, 2, 3]]))[0], base_states, atol=1e-5)
+
+
+def test_a_whole_pipeline_keeps_its_own_scheduler(run, base_folder, tmp_path):
+    base = shutil.copytree(base_folder, tmp_path / "base")
+    own = DDIMScheduler.from_pretrained(base, subfolder="scheduler", timestep_spacing="leading")
+    own.save_pretrained(base / "scheduler")
+    flags = ("--pretrained_model_name_or_path", base, "--method", "full", "--max_train_steps", 0)
+    trainer = DreamBoothTrainer(run("out", *flags))
+    trainer.train()
+    assert StableDiffusionPipeline.from_pretrained(tmp_path / "out").scheduler.config == own.config
+    assert trainer.model.pipe.scheduler.config.timestep_spacing == "trailing"  # what it goes on sampling with
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["unet", "unet and text encoder"])
@@ -251,6 +267,54 @@ def test_a_batch_holds_the_subject_and_then_its_class(run, base_folder, monkeypa
     assert torch.equal(fed["text"], torch.stack([red, red, blue, blue])) and not torch.equal(red, blue)
 
 
+@pytest.mark.parametrize("flags", [[], ["--cache_latents"]], ids=["encoded", "kept"])
+def test_latents_are_scaled_samples_of_the_posterior_with_a_noise_of_their_own(run, flags):
+    trainer = DreamBoothTrainer(run("out", *PRIOR, "--train_batch_size", 2, *flags))
+    fed, scale = trainer.data, trainer.model.pipe.vae.config.scaling_factor
+    orders = copy.deepcopy(fed.orders)
+    fed.draws.next_round()
+    latents, noise, t = fed.next_latents(), fed.noise("noise"), fed.timesteps()
+    pixels = [images.at(order.next_batch(), torch.zeros(2, 3)) for images, order in zip(fed.images, orders)]
+    with torch.no_grad():
+        posterior = trainer.model.pipe.vae.encode(torch.cat(pixels)).latent_dist
+    sampled = (latents / scale - posterior.mean) / posterior.std
+    torch.testing.assert_close(sampled, fed.noise("latents"), rtol=0, atol=1e-4)
+    for one in (sampled, noise):  # nobody shares, neither samples nor subject and class nor the two kinds of noise
+        assert one.flatten(1).corrcoef().fill_diagonal_(0).abs().max() < 0.3
+    assert abs(torch.stack([sampled.flatten(), noise.flatten()]).corrcoef()[0, 1]) < 0.2
+    assert len(set(t.tolist())) == 4
+
+
+def test_accumulated_batches_are_one_batch_and_the_schedule_goes_on(run):
+    trained = []
+    for batch, count in ((2, 1), (1, 2)):
+        flags = ("--train_batch_size", batch, "--gradient_accumulation_steps", count, "--lr_scheduler", "linear")
+        trainer = DreamBoothTrainer(run(f"{batch}", *PRIOR, *flags))
+        logs = trainer.update()
+        assert trainer.trainee.lr_scheduler.get_last_lr() == [pytest.approx(0.025)]  # after one update of two
+        trained.append({name: logs[name] for name in ("loss", "grad")} | dict(trainer.model.parameters))
+    for name, value in trained[0].items():
+        torch.testing.assert_close(value, trained[1][name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_class_images_are_drawn_as_the_flags_say(run, monkeypatch):
+    seen = {}
+
+    def draw(*args, **kwargs):
+        bound = inspect.signature(real).bind(*args, **kwargs).arguments
+        seen.update(bound)
+        real(**bound)
+
+    real = data.draw_class_images
+    monkeypatch.setattr(data, "draw_class_images", draw)
+    flags = "--class_batch_size 3 --class_guidance_scale 1.5 --class_num_inference_steps 2 --seed 7 --resolution 56"
+    args = run("out", *PRIOR, *flags.split())
+    DreamBoothTrainer(args)
+    wanted = {"prompt": "blue", "folder": Path(args.output_dir) / "class_images", "indices": [0, 1], "resolution": 56}
+    wanted |= {"batch_size": 3, "num_inference_steps": 2, "guidance_scale": 1.5, "seed": 7}
+    assert {name: seen[name] for name in wanted} == wanted
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_network_learns_what_it_predicts(run, base_folder, tmp_path, monkeypatch, kind):
     base = shutil.copytree(base_folder, tmp_path / "base")
@@ -261,11 +325,13 @@ def test_the_network_learns_what_it_predicts(run, base_folder, tmp_path, monkeyp
     for name, value in (("next_latents", latents), ("timesteps", t)):
         monkeypatch.setattr(trainer.data, name, lambda value=value: value)
     monkeypatch.setattr(trainer.data, "noise", lambda name: noise)
-    monkeypatch.setattr(trainer.module, "forward", lambda x, t, text: torch.zeros_like(x))
+    fed = []
+    monkeypatch.setattr(trainer.module, "forward", lambda x, t, text: fed.append(x) or torch.zeros_like(x))
     alpha_bar = trainer.model.pipe.scheduler.alphas_cumprod[600]
     v = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
     target = noise if kind == "epsilon" else v
     assert trainer.loss()[0].item() == pytest.approx(target.square().mean().item(), rel=1e-5)
+    torch.testing.assert_close(fed[0], alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise)
 
 
 def test_timesteps_stay_within_their_bounds(run):
@@ -323,6 +389,22 @@ def test_validation_and_trackers(run):
     assert files_in(Path(args.output_dir) / "samples") == ["step-000001.png", "step-000002.png"]
     assert Image.open(Path(args.output_dir) / "samples" / "step-000001.png").size == (128, 64)
     assert list(Path(args.output_dir, "logs").rglob("events*"))
+
+
+def test_validation_follows_its_own_flags_and_leaves_the_mode_as_it_was(run, monkeypatch):
+    flags = "--validation_prompt blue --num_validation_images 2 --validation_num_inference_steps 1 --validation_seed 3"
+    guidance = "--validation_guidance_scale 2.5 --class_guidance_scale 3.5 --gradient_checkpointing"
+    trainer = DreamBoothTrainer(run("out", *flags.split(), *guidance.split()))
+    unet, call, seen = trainer.model.pipe.unet, StableDiffusionPipeline.__call__, []
+
+    def spy(pipe, prompt, **options):
+        seen.append((prompt, options["guidance_scale"], options["generator"].initial_seed(), unet.training))
+        return call(pipe, prompt, **options)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", spy)
+    assert unet.training  # without which there is no checkpointing
+    trainer.validate()
+    assert seen == [("blue", 2.5, 3, False), ("blue", 2.5, 4, False)] and unet.training
 
 
 def test_broken_updates_are_left_out_and_end_the_run(run, monkeypatch):
@@ -417,10 +499,16 @@ def test_defaults_are_those_of_the_paper(base_folder, instances, tmp_path):
 
 
 def test_epochs_and_scaled_rate(run):
-    args = run("out")
+    """An epoch is the four instance images, however many there are of the class."""
+    args = run("out", *PRIOR)
     args.max_train_steps, args.num_train_epochs, args.train_batch_size, args.scale_lr = None, 3, 3, True
     trainer = DreamBoothTrainer(args)
     assert trainer.total_steps == 6 and trainer.trainee.rate == pytest.approx(0.15)
+
+
+def test_other_layers_can_be_trained(run):
+    names = DreamBoothTrainer(run("out", "--layers", "qv", "--max_train_steps", 0)).model.parameters
+    assert {name.split(".lorad_")[0].rpartition(".")[2] for name in names} == {"to_q", "to_v"}
 
 
 def test_the_subject_is_uploaded_with_its_card(run, hub, base_folder):
@@ -430,10 +518,15 @@ def test_the_subject_is_uploaded_with_its_card(run, hub, base_folder):
         DreamBoothTrainer(run("out", *flags.split()[:3], "--hub_token", WRITE))
     with pytest.raises(OSError, match="no right to write"):
         DreamBoothTrainer(run("out", *flags.split(), "--hub_token", READ))
-    DreamBoothTrainer(run("out", *flags.split(), "--hub_token", WRITE)).train()
+    shown = "--validation_prompt red --num_validation_images 1 --validation_steps 1 --validation_num_inference_steps 1"
+    args = run("out", *flags.split(), *shown.split(), "--hub_token", WRITE)
+    DreamBoothTrainer(args).train()
     files = hub.repositories["org/subject"].files
     pair = {"pytorch_lorad_weights.safetensors", "adapter_config.json"}
-    assert set(files) == pair | {f"text_encoder/{name}" for name in pair} | {"README.md", ".gitattributes"}
+    further = {"README.md", ".gitattributes", "samples.png"}
+    assert set(files) == pair | {f"text_encoder/{name}" for name in pair} | further
+    first, last = sorted((Path(args.output_dir) / "samples").iterdir())
+    assert files["samples.png"] == last.read_bytes() != first.read_bytes()
     _, header, body = files["README.md"].decode().split("---\n", 2)
     assert yaml.safe_load(header)["base_model"] == "org/base"
     for part in ("rank 2", "4 instance images", "Learning rate | 0.05", 'load_subject(pipe, "org/subject")', '"red"'):

@@ -138,6 +138,86 @@ def test_accumulated_micro_batches_are_one_batch(script, flags, learned, tmp_pat
     torch.testing.assert_close(*plain, rtol=1e-3, atol=1e-4)
 
 
+def test_accumulation_divides_the_gradient_and_the_schedule_goes_on(script, flags, tmp_path):
+    norms = []
+    for batch, count in ((4, 1), (1, 4)):
+        more = f"--train_batch_size {batch} --gradient_accumulation_steps {count} --steer_loss_weight 0"
+        trainer = script.ReversionTrainer(
+            script.parse_args(flags(tmp_path, *more.split(), "--lr_scheduler", "linear"))
+        )
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * 4)  # scaled by what an update sees
+        norms.append(trainer.update()["grad"])
+        assert trainer.lr_scheduler.get_last_lr() == [pytest.approx(0.03)]  # after one update of four
+    torch.testing.assert_close(*norms, rtol=1e-3, atol=0)
+
+
+def test_batches_hold_noisy_latents_of_all_exemplars_and_captions(script, flags, images, tmp_path, monkeypatch):
+    trainer = script.ReversionTrainer(script.parse_args(flags(tmp_path)))
+    indices, captions, fed, made, drawn_noise = [], [], [], [], []
+    caption_ids, target = trainer._caption_ids, script.reversion.training_target
+
+    def spied_ids(index, uniform):
+        indices.append(index)
+        captions.append(caption_ids(index, uniform))
+        return captions[-1]
+
+    monkeypatch.setattr(trainer, "_caption_ids", spied_ids)
+    monkeypatch.setattr(script.reversion, "training_target", lambda *args: made.append(args[1:]) or target(*args))
+    trainer.unet.register_forward_pre_hook(lambda module, args: fed.append(args))
+    for _ in range(24):
+        trainer.draws.next_round()
+        trainer.losses()
+        drawn_noise.append(trainer.draws.normal("latents", (4, 8, 8)))
+    index = torch.cat(indices)
+    drawn = {(i, tuple(ids)) for i, ids in zip(index.tolist(), torch.cat(captions).tolist())}
+    assert len(drawn) == 3 * 2  # every caption of every exemplar
+    noisy, (latents, noise, t) = torch.cat([args[0] for args in fed]), map(torch.cat, zip(*made))
+    alpha_bar = trainer.scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
+    torch.testing.assert_close(noisy, alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise)
+    with torch.no_grad():
+        posterior = trainer.vae.encode(script.reversion.RelationImages(images, 64).pixels).latent_dist
+    sampled = (latents / trainer.vae.config.scaling_factor - posterior.mean[index]) / posterior.std[index]
+    torch.testing.assert_close(sampled, torch.cat(drawn_noise), rtol=0, atol=1e-4)
+    assert abs(torch.stack([sampled.flatten(), noise.flatten()]).corrcoef()[0, 1]) < 0.05
+
+
+def test_steering_is_weighted_and_gets_the_words_of_the_batch(script, flags, tmp_path, monkeypatch):
+    words = "--positive_words a b c d e f z --temperature 0.3 --denoise_loss_weight 2 --steer_loss_weight 0.5"
+    trainer = script.ReversionTrainer(script.parse_args(flags(tmp_path, *words.split())))
+    seen, steering = [], script.reversion.steering_loss
+    monkeypatch.setattr(script.reversion, "steering_loss", lambda *args: seen.append(args) or steering(*args))
+    table = trainer.embedding.table.weight
+    things = [script.reversion.word_id(trainer.tokenizer, word) for word in ("red", "blue")]
+
+    def ids_of(rows):
+        return torch.cdist(rows, table).argmin(1).tolist()
+
+    chosen = []
+    for _ in range(4):
+        trainer.draws.next_round()
+        loss, parts = trainer.losses()
+        assert parts["steer_loss"] > 0
+        assert loss.item() == pytest.approx(2 * parts["denoise_loss"].item() + 0.5 * parts["steer_loss"].item())
+        row, positives, negatives, temperature = seen[-1]
+        assert row is trainer.row and temperature == 0.3
+        found = ids_of(positives)
+        chosen += [found[:4], found[4:]]
+        # Every caption names both things; "on" is a stop word, and so is "z" where it is a positive one.
+        assert sorted(ids_of(negatives)) == sorted(2 * things)
+    assert all(len(set(four)) == 4 and set(four) <= set(trainer.positives.tolist()) for four in chosen)
+    assert all(set(one) != set(other) for one, other in zip(chosen[::2], chosen[1::2]))
+
+
+def test_flags_of_sampling_and_cropping_are_heeded(script, flags, images, tmp_path):
+    shutil.copytree(images, tmp_path / "wide")
+    Image.open(images / "0.png").resize((128, 64)).save(tmp_path / "wide" / "0.png")
+    more = ["--no-importance_sampling", "--center_crop", "--train_data_dir", str(tmp_path / "wide")]
+    trainer = script.ReversionTrainer(script.parse_args(flags(tmp_path / "out", *more)))
+    assert trainer.probabilities.unique().numel() == 1
+    cropped, squeezed = (script.reversion.RelationImages(tmp_path / "wide", 64, crop).pixels for crop in (True, False))
+    assert torch.equal(trainer.images.pixels, cropped) and not torch.equal(cropped, squeezed)
+
+
 def test_networks_get_no_gradients_and_do_not_change(script, flags, base_folder, tmp_path):
     trainer = script.ReversionTrainer(script.parse_args(flags(tmp_path)))
     former = {name: p.clone() for part in (trainer.unet, trainer.vae) for name, p in part.state_dict().items()}
@@ -196,7 +276,8 @@ def test_validation_draws_its_prompts_and_changes_nothing(script, flags, learned
     assert torch.equal(run(script, flags, tmp_path, *shown, *few), learned[1])
     grids = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert grids == ["step-000002.png", "step-000004.png"]
-    assert Image.open(tmp_path / "samples" / grids[0]).size == (4 * 64, 64)
+    grid = np.asarray(Image.open(tmp_path / "samples" / grids[0]))
+    assert grid.shape == (64, 4 * 64, 3) and not np.array_equal(grid[:, :64], grid[:, 64:128])
     assert list((tmp_path / "logs").rglob("events*"))
 
 
@@ -225,9 +306,10 @@ def test_gradient_checkpointing_changes_nothing(script, flags, learned, tmp_path
     torch.testing.assert_close(row, learned[1], rtol=1e-4, atol=1e-5)
 
 
-def test_the_norm_is_held(script, flags, tmp_path):
+def test_the_norm_is_held_and_never_raised(script, flags, learned, tmp_path):
     row = run(script, flags, tmp_path, "--max_embedding_norm", "0.05")
     assert row.norm().item() == pytest.approx(0.05, rel=1e-5)
+    assert torch.equal(run(script, flags, tmp_path, "--max_embedding_norm", "100"), learned[1])
 
 
 def test_updates_that_are_not_finite_are_left_out_and_then_end_the_run(script, flags, tmp_path, monkeypatch):
@@ -344,6 +426,14 @@ def test_a_learned_relation_can_be_swapped_for_another(components):
         sides = [("left", "right")[k] for k in torch.randint(0, 2, (16,), generator=generator).tolist()]
         return sides, [{"left": "x", "right": "y"}[side] for side in sides]
 
+    @torch.no_grad()
+    def heldout_loss(side):
+        """Of "<R>" where the image is decided, always on the same noise."""
+        fixed, t = torch.Generator().manual_seed(9), torch.linspace(500, 999, 64).long()
+        latents, noise = draw_side(side, 64, fixed), torch.randn(64, 4, 8, 8, generator=fixed)
+        predicted = unet(scheduler.add_noise(latents, noise, t), t, encode(["<R>"] * 64)).sample
+        return torch.nn.functional.mse_loss(predicted, noise).item()
+
     uniform = reversion.importance_probabilities(1000, 0.0)
     start, end = train([*unet.parameters(), *encoder.parameters()], both, 3e-3, 700, uniform)
     assert end < 0.5 * start
@@ -352,9 +442,9 @@ def test_a_learned_relation_can_be_swapped_for_another(components):
     rows, initial = {}, embedding.row.data.clone()
     for side in ("left", "right"):
         embedding.row.data.copy_(initial)
-        probabilities = reversion.importance_probabilities()
-        start, end = train([embedding.row], lambda side=side: ([side] * 16, ["<R>"] * 16), 2e-2, 150, probabilities)
-        assert end < start
+        probabilities, before = reversion.importance_probabilities(), heldout_loss(side)
+        train([embedding.row], lambda side=side: ([side] * 16, ["<R>"] * 16), 2e-2, 150, probabilities)
+        assert heldout_loss(side) < 0.97 * before
         rows[side] = embedding.row.data.clone()
 
     def lean(row):

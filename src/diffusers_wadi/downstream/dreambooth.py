@@ -125,7 +125,9 @@ class SubjectImages:
     def _cut(self, index: int, down: float, right: float, mirror: float) -> Tensor:
         pixels, size = self._pixels[index], self.resolution
         free = [side - size for side in pixels.shape[:2]]
-        top, left = (space // 2 if self.center_crop else int(u * (space + 1)) for space, u in zip(free, (down, right)))
+        # A float32 draw from [0, 1) may be 1, by rounding.
+        places = (min(space, int(u * (space + 1))) for space, u in zip(free, (down, right)))
+        top, left = (space // 2 for space in free) if self.center_crop else places
         pixels = pixels[top : top + size, left : left + size]
         if self.random_flip and mirror >= 0.5:
             pixels = pixels[:, ::-1]

@@ -20,7 +20,7 @@ class ScaleCrafterSettings:
         dispersed: layers whose kernel is dispersed as well.
         until: share of a multi-step schedule, from its noisy end, in which this holds; the rest runs unchanged. One
             step is always inside.
-        progressive: factors fall during that share, s -> max(ceil(s * what is left of it), 2).
+        progressive: factors fall during that share, s -> min(s, max(ceil(s * what is left of it), 2)).
         source: "sd15" or "sd21" for ScaleCrafter's own settings, "rule" for what was extrapolated from them.
     """
 

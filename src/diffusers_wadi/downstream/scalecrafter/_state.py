@@ -86,7 +86,7 @@ def _before(unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if state.in_weak_pass:
         return
     # Inside a compiled graph the layers cannot be exchanged, and what is fixed needs no looking after.
-    if torch.compiler.is_compiling() and state.until == 1 and not state.weak_factors:
+    if torch.compiler.is_compiling() and not _changing(state) and not state.weak_factors:
         return
     _look_after(unet, args, kwargs)
 
@@ -98,7 +98,7 @@ def _look_after(unet: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     _warn_of_other_size(state, args[0] if args else kwargs["sample"])
     if state.weak_factors:
         _check_steps(unet, state)
-    if state.until < 1:
+    if _changing(state):
         _apply(unet, _factors_at(state, float(torch.as_tensor(_timestep(args, kwargs)).flatten()[0])))
 
 
@@ -106,17 +106,23 @@ def _timestep(args: tuple, kwargs: dict[str, Any]) -> Any:
     return args[1] if len(args) > 1 else kwargs["timestep"]
 
 
+def _changing(state: State) -> bool:
+    """Whether the factors depend on the step."""
+    return state.until < 1 or state.progressive
+
+
 def _factors_at(state: State, t: float, steps: int = 1000) -> dict[str, float]:
     """ScaleCrafter counts steps; t says the same for evenly spaced ones, and needs no knowledge of the scheduler.
 
     It is within `until` where t >= steps (1 - until): for 50 steps from t = 981 on and until = 0.6 the first 30.
+    Factors that fall are whole, but never above the one that they start from, so that one step has just that one.
     """
     if t < round(steps * (1 - state.until), 6):
         return {}
     if not state.progressive:
         return state.factors
     left = max(0.0, 1 - (1 - (t + 1) / steps) / state.until)
-    return {name: float(max(math.ceil(round(s * left, 6)), 2)) for name, s in state.factors.items()}
+    return {name: min(s, float(max(math.ceil(round(s * left, 6)), 2))) for name, s in state.factors.items()}
 
 
 def _refuse_stale(unet: nn.Module, state: State) -> None:
