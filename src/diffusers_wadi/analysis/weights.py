@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["Convention", "recombine", "rotation_left", "squared_norm", "singular_value_energies", "vector_changes"]
 
 Convention = Literal["column", "row"]
-_BLOCK = 2**22  # numbers that are widened to float64 at a time: 32 MB
+_BLOCK = 2**20  # numbers that are widened to float64 at a time: 8 MB
 
 
 def check_convention(convention: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 from typing import Any
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -46,3 +47,16 @@ def quiet_libraries() -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+
+
+def give_back_freed_memory() -> None:
+    """From now on every freed megabyte goes back to the system at once.
+
+    glibc else keeps freed blocks of up to 32 MB, and a run through a checkpoint of a thousand weights ends up with half
+    as much memory again as it uses. Elsewhere this does nothing.
+    """
+    mmap_threshold = -3  # M_MMAP_THRESHOLD of malloc.h
+    try:
+        ctypes.CDLL(None).mallopt(mmap_threshold, 2**20)
+    except (AttributeError, OSError, TypeError):  # another C library, or Windows
+        pass

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_wadi._files import writable_folder
-from diffusers_wadi.cli._flags import DTYPES, name_list, quiet_libraries, torch_device
+from diffusers_wadi.cli._flags import DTYPES, give_back_freed_memory, name_list, quiet_libraries, torch_device
 
 _MEMORY = "Use a machine with more memory, or --device cpu."
 _ROWS = 12  # of the layers on the screen; the file has all
@@ -81,6 +81,7 @@ def _analyze(args: argparse.Namespace) -> None:
     from diffusers_wadi.analysis import analyze_weights, save_analyses, save_figures
 
     quiet_libraries()
+    give_back_freed_memory()
     analyses = []
     for source, label in zip(args.tuned, labels):
         analysis = analyze_weights(
@@ -115,6 +116,7 @@ def _swap(args: argparse.Namespace) -> None:
     from diffusers_wadi.analysis import swap_weights
 
     quiet_libraries()
+    give_back_freed_memory()
     path = swap_weights(
         args.base,
         args.tuned,

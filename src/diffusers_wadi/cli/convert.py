@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from diffusers_wadi._files import writable_folder
-from diffusers_wadi.cli._flags import DTYPES, name_list, positive, quiet_libraries, torch_device
+from diffusers_wadi.cli._flags import (
+    DTYPES,
+    give_back_freed_memory,
+    name_list,
+    positive,
+    quiet_libraries,
+    torch_device,
+)
 
 _MEMORY = "Use a machine with more memory, or --device cpu."
 _ROWS = 8  # of each table on the screen; the report file has all
@@ -90,6 +97,7 @@ def _extract(args: argparse.Namespace) -> None:
     _check_output(args.output, folder=True)
     from diffusers_wadi.conversion import extract_lorad
 
+    give_back_freed_memory()
     found = extract_lorad(
         args.base,
         args.tuned,
