@@ -40,13 +40,13 @@ from diffusers_wadi.shapes import heldout_captions, judge_image
 from diffusers_wadi.shapes import subject as world
 
 SCRIPT = Path(__file__).parents[1] / "training" / "train_dreambooth_lorad.py"
-TEACHER, STUDENT = "teacher, 50 steps", "student, 1 step"
+STUDENT = "student, 1 step"
 GUIDANCE = 3.0
 BATCH = 40
 SETTINGS = ("none", "lorad", "lora", "full")
 GRID = {"lorad": (3e-3, 6e-3), "lora": (5e-4, 1e-3), "full": (1e-4,)}
 BEST = {"lorad": 3e-3, "lora": 5e-4, "full": 1e-4}
-STEPS = 400
+TRAIN_STEPS = 400
 
 
 def training_script():
@@ -122,43 +122,44 @@ def world_kept(pipe: StableDiffusionPipeline, generator: str, count: int) -> flo
     return float(np.mean(rights))
 
 
-def cell(generator: str, setting: str, folder: Path | None, images: int, seed: int = 0) -> list[dict[str, Any]]:
-    """The rows of one generator with one way to have learned the subject."""
-    pipe, prompts = load(generator, setting, folder), world.subject_prompts(images, seed)
-    values = judge(generate(pipe, generator, [prompt.text() for prompt in prompts]), prompts)
+def cell(generator: str, setting: str, folder: Path | None, images: int, steps: int) -> list[dict[str, Any]]:
+    """The rows of one generator with one way to have learned the subject; `steps` are the teacher's."""
+    pipe, prompts = load(generator, setting, folder), world.subject_prompts(images, seed=0)
+    values = judge(generate(pipe, generator, [prompt.text() for prompt in prompts], steps), prompts)
     if generator == STUDENT:
         values["world kept"] = world_kept(pipe, generator, images)
-    seconds = seconds_per_image(lambda: generate(pipe, generator, [world.INSTANCE_PROMPT]))
+    seconds = seconds_per_image(lambda: generate(pipe, generator, [world.INSTANCE_PROMPT], steps))
     common = {"task": "dreambooth", "generator": generator, "setting": setting}
     numbers = {"images": images, "seconds_per_image": seconds}
     return [{**common, "metric": metric, "value": value, **numbers} for metric, value in values.items()]
 
 
-def trained(steps: int, work_dir: Path) -> dict[str, Path | None]:
+def trained(train_steps: int, work_dir: Path) -> dict[str, Path | None]:
     """Setting -> folder, at the best learning rates."""
-    return {method: train(method, rate, steps, work_dir) for method, rate in BEST.items()} | {"none": None}
+    return {method: train(method, rate, train_steps, work_dir) for method, rate in BEST.items()} | {"none": None}
 
 
-def measure(*, images: int = 240, steps: int = STEPS, work_dir: Path) -> list[dict[str, Any]]:
+def measure(*, images: int, steps: int, work_dir: Path, train_steps: int = TRAIN_STEPS) -> list[dict[str, Any]]:
     """All rows of the table; what is not in `work_dir` is trained first.
 
     Args:
         images: per cell.
-        steps: of each training.
+        steps: of the teacher, for one image.
         work_dir: of instance images, class images and what was trained.
+        train_steps: of each training.
     """
-    work_dir = Path(work_dir)
-    folders = trained(steps, work_dir)
-    return [row for g in (TEACHER, STUDENT) for s in SETTINGS for row in cell(g, s, folders[s], images)]
+    folders = trained(train_steps, Path(work_dir))
+    who = (f"teacher, {steps} steps", STUDENT)
+    return [row for g in who for s in SETTINGS for row in cell(g, s, folders[s], images, steps)]
 
 
-def search(method: str, images: int, steps: int, work_dir: Path) -> list[dict[str, Any]]:
+def search(method: str, images: int, train_steps: int, work_dir: Path) -> list[dict[str, Any]]:
     """Each learning rate of the grid, by other prompts than the table's and 20 steps of the teacher."""
     rows = []
     for rate in GRID[method]:
-        folder, prompts = train(method, rate, steps, work_dir), world.subject_prompts(images, seed=1)
-        found = {"method": method, "learning_rate": rate, "steps": steps}
-        for generator in (TEACHER, STUDENT):
+        folder, prompts = train(method, rate, train_steps, work_dir), world.subject_prompts(images, seed=1)
+        found = {"method": method, "learning_rate": rate, "steps": train_steps}
+        for generator in ("teacher, 20 steps", STUDENT):
             pipe = load(generator, method, folder)
             values = judge(generate(pipe, generator, [prompt.text() for prompt in prompts], steps=20), prompts)
             found |= {f"{generator}: {name}": round(value, 3) for name, value in values.items()}
@@ -175,7 +176,7 @@ def save_picture(folders: dict[str, Path | None], file: Path, columns: int = 8) 
     for i in range(len(instances), columns):
         learned[i] = np.full_like(learned[0], 255)
     rows = [np.concatenate(learned, axis=1)]
-    for generator in (TEACHER, STUDENT):
+    for generator in ("teacher, 50 steps", STUDENT):
         pipe = load(generator, "lorad", folders["lorad"])
         rows.append(np.concatenate(list(generate(pipe, generator, prompts)), axis=1))
     Image.fromarray(np.concatenate(rows)).resize((96 * columns, 96 * len(rows)), Image.Resampling.LANCZOS).save(file)
@@ -221,7 +222,8 @@ def _stacked_image(work: Path):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=240, help="Per cell. Default: 240.")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"Of each training. Default: {STEPS}.")
+    parser.add_argument("--steps", type=int, default=50, help="Of the teacher. Default: 50.")
+    parser.add_argument("--train_steps", type=int, default=TRAIN_STEPS, help=f"Default: {TRAIN_STEPS}.")
     parser.add_argument("--work_dir", required=True, help="For what is trained.")
     parser.add_argument("--grid", nargs="+", choices=tuple(GRID), help="Only try these methods' learning rates.")
     parser.add_argument("--picture", help="PNG file for images of the subject.")
@@ -229,13 +231,13 @@ def main() -> None:
     args = parser.parse_args()
     work_dir = Path(args.work_dir)
     if args.grid:
-        rows = [row for method in args.grid for row in search(method, args.images, args.steps, work_dir)]
+        rows = [row for method in args.grid for row in search(method, args.images, args.train_steps, work_dir)]
     else:
-        rows = measure(images=args.images, steps=args.steps, work_dir=work_dir)
+        rows = measure(images=args.images, steps=args.steps, work_dir=work_dir, train_steps=args.train_steps)
         for row in rows:
             print(json.dumps(row), flush=True)
     if args.picture:
-        save_picture(trained(args.steps, work_dir), Path(args.picture))
+        save_picture(trained(args.train_steps, work_dir), Path(args.picture))
     if args.output:
         Path(args.output).write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -155,7 +155,7 @@ def picture(work_dir: Path, output: Path) -> None:
     together = Image.new("RGB", (width, 4 * height))
     for i, row in enumerate(rows):
         together.paste(row, (0, i * height))
-    together.resize((width * 3 // 4, 3 * height), Image.LANCZOS).quantize(64).save(output, optimize=True)
+    together.resize((width * 3 // 4, 3 * height), Image.LANCZOS).quantize(256).save(output, optimize=True)
 
 
 def run_at_real_size(random_sd15: Any) -> dict[str, Any]:
