@@ -1,13 +1,14 @@
 #!/usr/bin/env python
 """A one-step image larger than the model was trained on, without and with ScaleCrafter side by side.
 
+The bundled model, which was trained at 64x64, at twice that; nothing is downloaded:
+
+    python examples/scalecrafter.py
+
 Stable Diffusion 1.5 with the paper authors' one-step weights (some 5 GB are downloaded at the first run), at 1024x1024:
 
-    python examples/scalecrafter.py --prompt "a cabin by a lake, oil painting" --height 1024 --width 1024
-
-Shapes World, which was trained at 64x64, at twice that; nothing is downloaded:
-
-    python examples/scalecrafter.py --model bundled --prompt "a large red heart on a white background" --height 128 --width 128
+    python examples/scalecrafter.py --model gudaochangsheng/WaDi --prompt "a cabin by a lake, oil painting" \
+        --height 1024 --width 1024
 
 One step has no undilated steps after it that would mend the texture, so the best strength may be below 1: look at several.
 Written are the image without ScaleCrafter and one for each strength, in one row.
@@ -27,14 +28,10 @@ from diffusers_wadi.downstream.scalecrafter import enable_synced_tiling, scalecr
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--prompt", required=True, help="What to draw.")
-    add("--height", type=int, required=True, help="In pixels, a multiple of 8.")
-    add("--width", type=int, required=True, help="In pixels, a multiple of 8.")
-    add(
-        "--model",
-        default="gudaochangsheng/WaDi",
-        help="One-step model or LoRaD adapter, or: bundled. Default: %(default)s.",
-    )
+    add("--prompt", default="a large red heart on a white background", help="What to draw. Default: %(default)s.")
+    add("--height", type=int, default=128, help="In pixels, a multiple of 8. Default: 128.")
+    add("--width", type=int, default=128, help="In pixels, a multiple of 8. Default: 128.")
+    add("--model", default="bundled", help="One-step model or LoRaD adapter. Default: the bundled one.")
     add(
         "--weight_name",
         help="File in the model. Default for the authors' repository: rotated_unet-sdv1-5.safetensors.",
