@@ -12,6 +12,7 @@ from tiny_pixart import pixart_pipeline
 
 from diffusers_wadi import LoRaDConfig, WaDiControlNetPipeline, WaDiPipeline, bundled_checkpoint, cli
 from diffusers_wadi._adapter_ops import add_adapter
+from diffusers_wadi._images import save_image
 from diffusers_wadi.cli import _flags, convert
 from diffusers_wadi.cli import generate as generating
 from diffusers_wadi.loaders import save_lorad_adapter
@@ -141,7 +142,7 @@ def test_an_image_is_whole_or_absent(tmp_path):
 
     (tmp_path / "x.png").write_bytes(b"old")
     with pytest.raises(OSError, match="disk full"):
-        generating._save(Broken(), tmp_path / "x.png", {})
+        save_image(Broken(), tmp_path / "x.png", {})
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("x.png", b"old")]
 
 
@@ -150,6 +151,7 @@ FLAGS = {
     "fuse": "--output --base-model --weight-name --subfolder --scale --dtype",
     "extract": "--output --rank --energy --subfolder --variant --target-modules --exclude-modules --convolutions "
     "--base-model --dtype --device",
+    "demo": "--model --base-model --weight-name --controlnet --device --dtype --port --open",
     "export": "--output --text-encoder --lora --rank --energy --layout --base-model --weight-name --subfolder --scale --dtype",
 }
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import diffusers_wadi
 from diffusers_wadi.cli.analyze import add_analyze, add_swap
 from diffusers_wadi.cli.convert import add_export, add_extract, add_fuse
+from diffusers_wadi.cli.demo import add_demo
+from diffusers_wadi.cli.evaluate import add_evaluate
 from diffusers_wadi.cli.generate import add_generate
 
 
@@ -33,6 +35,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"diffusers-wadi {diffusers_wadi.__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
-    for add_command in (add_generate, add_fuse, add_extract, add_export, add_analyze, add_swap):
+    for add_command in (
+        add_generate,
+        add_fuse,
+        add_extract,
+        add_export,
+        add_analyze,
+        add_swap,
+        add_evaluate,
+        add_demo,
+    ):
         add_command(commands)
     return parser

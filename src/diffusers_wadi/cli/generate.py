@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import diffusers_wadi
-from diffusers_wadi._files import writable_folder, written_beside
+from diffusers_wadi._files import writable_folder
+from diffusers_wadi._images import save_image
 from diffusers_wadi.cli._flags import DTYPES, positive, quiet_libraries, torch_device
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -136,17 +136,6 @@ def _draw(
     images = pipe(prompt, num_images_per_prompt=len(paths), generator=generators, **size, **control).images
     took = time.perf_counter() - start
     for i, (image, path) in enumerate(zip(images, paths)):
-        _save(image, path, {"prompt": prompt, "seed": str(seed + i), "model": model})
+        save_image(image, path, {"prompt": prompt, "seed": str(seed + i), "model": model})
         print(f"wrote {path} (seed {seed + i})")
     print(f"drew {len(paths)} of {prompt!r} in {took:.2f} s")
-
-
-def _save(image: Any, path: Path, notes: dict[str, str]) -> None:
-    """Write one image, with how it was made where the format has room for text (PNG)."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    for key, value in {**notes, "software": f"diffusers-wadi {diffusers_wadi.__version__}"}.items():
-        info.add_itxt(key, value)
-    with written_beside(path) as temporary:
-        image.save(temporary, **({"pnginfo": info} if path.suffix.lower() == ".png" else {}))
