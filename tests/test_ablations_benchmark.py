@@ -1,0 +1,75 @@
+"""`benchmarks/ablations.py`: in a table only the named factor differs, and a run is taken up again and reported."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from wadi_script import train_wadi
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+import ablations
+
+sys.path.pop(0)
+
+FACTORS = {  # what may differ within a table; learning rates go with adapters and objectives
+    "adapter": {"student_adapter", "learning_rate", "seed"},
+    "student rank": {"student_rank"},
+    "fake rank": {"fake_rank"},
+    "layers": {"student_layers"},
+    "initialisation": {"student_init"},
+    "orthogonal": {"student_adapter"},
+    "backbone": set(),
+}
+
+
+def parsed(run, folder):
+    flags = [*run.command(100), "--pretrained_teacher_model", "t", "--output_dir", str(folder)]
+    return vars(train_wadi.parse_args(flags))
+
+
+@pytest.mark.parametrize("table", FACTORS)
+def test_only_the_named_factor_differs(table, tmp_path):
+    runs = [parsed(run, tmp_path) for run in ablations.grid() if run.table == table]
+    assert len(runs) > 1
+    differing = {name for name in runs[0] if len({str(run[name]) for run in runs}) > 1}
+    assert differing == FACTORS[table]
+
+
+def test_objectives_share_budget_data_and_student(tmp_path):
+    runs = [parsed(run, tmp_path) for run in ablations.grid() if run.table == "objective"]
+    assert {run["objective"] for run in runs} == set(ablations.OBJECTIVES)
+    for name in ("max_train_steps", "train_batch_size", "shapes_captions", "seed", "student_rank"):
+        assert len({run[name] for run in runs}) == 1
+
+
+def test_every_run_has_a_file_of_its_own():
+    keys = [run.key for run in ablations.grid()]
+    assert len(set(keys)) == len(keys) and sum(key.startswith("adapter-lorad-") for key in keys) == 3
+
+
+def test_a_run_is_judged_and_taken_up_again(tmp_path, monkeypatch):
+    small = ablations.COMMON.replace(
+        "--shapes_captions 20000 --train_batch_size 16", "--shapes_captions 8 --train_batch_size 1"
+    )
+    monkeypatch.setattr(ablations, "COMMON", small.replace("fake_warmup_steps 200", "fake_warmup_steps 0"))
+    evaluation = ablations.Evaluation(num_captions=4, num_frechet=0)
+    run = ablations.Run(
+        "adapter", "lorad", "--student_rank 2 --fake_rank 2 --learning_rate 0.1 --lr_warmup_steps 0 --no-use_ema"
+    )
+    whole = ablations.run_one(run, 2, 2, evaluation, tmp_path)
+    assert [point["step"] for point in whole["curve"]] == [0, 1, 2]
+    result = whole["result"]
+    assert 0 <= result["attributes"] <= 1 and result["norm"] < 1e-6 < result["direction"]
+    assert ablations.run_one(run, 2, 2, None, tmp_path) == whole  # nothing is done twice
+    stopped = json.loads((tmp_path / "adapter-lorad-0.json").read_text())
+    del stopped["result"], stopped["curve"][2]
+    (tmp_path / "adapter-lorad-0.json").write_text(json.dumps(stopped))
+    again = ablations.run_one(run, 2, 2, evaluation, tmp_path)  # the checkpoint is of the last update
+    assert again["result"] == result and [point["step"] for point in again["curve"]] == [0, 1, 2]
+    assert "| lorad | 1 |" in ablations.report(tmp_path)
+    assert (tmp_path / "ablations.png").is_file() and (tmp_path / "ablations.md").is_file()
+
+
+def test_spread_over_seeds():
+    assert ablations._cell([0.5, 0.7], "{:.1f}") == "0.6 ± 0.1" and ablations._cell([None], "{:.1f}") == ""
