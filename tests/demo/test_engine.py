@@ -13,6 +13,7 @@ from PIL import Image
 from diffusers_wadi import WaDiControlNetPipeline, WaDiPipeline
 from diffusers_wadi.demo.engine import Engine
 from diffusers_wadi.demo.settings import DemoSettings
+from diffusers_wadi.lorad.layer import LoRaDLayer
 
 PROMPT = "red blue"
 
@@ -91,6 +92,8 @@ def test_an_error_on_the_way_leaves_nothing_behind(engine, monkeypatch, broken):
         }
         with pytest.raises(RuntimeError, match="no memory"):
             calls[broken]()
+    layers = [module for module in engine.denoiser.modules() if isinstance(module, LoRaDLayer)]
+    assert layers and {scale for layer in layers for scale in layer.scaling.values()} == {1.0}
     after = [pixels(d) for d in (*engine.draw(PROMPT, 0), *engine.draw_at(PROMPT, 0, [1.0]))]
     assert all(np.array_equal(one, other) for one, other in zip(before, after))
 

@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import socket
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -52,6 +53,17 @@ def test_without_gradio_the_command_says_how_to_get_it(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert cli.main(["demo"]) == 2
     assert 'pip install "diffusers-wadi[demo]"' in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told_before_the_model_is_loaded(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", ModuleType("gradio"))
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert cli.main(["demo", "--model", "/nowhere", "--port", str(other.getsockname()[1])]) == 2
+    assert cli.main(["demo", "--model", "/nowhere", "--port", "99999"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("cannot listen at port") == 2 and "choose another" in said and "nowhere" not in said
 
 
 def test_the_header_of_the_space():

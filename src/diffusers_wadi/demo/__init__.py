@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from typing import Any
 
 from diffusers_wadi._optional import require
@@ -40,6 +41,8 @@ def launch(
         ValueError: settings that cannot be, or a model of another kind.
     """
     require("gradio", "demo")
+    if port is not None:
+        _refuse_taken(host or LOOPBACK, port)
     spaces_package()  # before anything asks for a GPU, which ZeroGPU lends only later
     from PIL import Image
 
@@ -67,3 +70,15 @@ def launch(
         print(f"{requests.engine.name} draws at {app.local_url} until Ctrl+C", flush=True)
         app.block_thread()
     return app
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Before the model is loaded, which may take minutes."""
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise OSError(
+            f"cannot listen at port {port} of {host} ({error}); choose another, or none for a free one"
+        ) from error

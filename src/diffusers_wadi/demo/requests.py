@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -123,10 +124,12 @@ class Requests:
         """What turns a picture into a condition; without controlnet_aux only the picture itself."""
         from diffusers_wadi.downstream.controlnet import detector_names
 
-        try:
-            return [AS_IT_IS, *detector_names()]
-        except ImportError:
-            return [AS_IT_IS]
+        with warnings.catch_warnings():  # of which controlnet_aux has a page when it is imported
+            warnings.simplefilter("ignore")
+            try:
+                return [AS_IT_IS, *detector_names()]
+            except ImportError:
+                return [AS_IT_IS]
 
     def _prompt(self, prompt: Any) -> str:
         prompt = " ".join(str(prompt or "").split())

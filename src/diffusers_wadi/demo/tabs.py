@@ -91,7 +91,7 @@ def generate_tab(requests: Requests) -> Any:
         return call["fn"](prompt, seed, number) if on and prompt.strip() else (gr.skip(), gr.skip())
 
     gr.on(
-        [top.prompt.input, live.input, count.input],
+        [top.prompt.change, live.input, count.input],  # change: input misses what is pasted
         **call | QUIETLY | {"fn": redraw},  # not of `draws`, which would ask for a GPU at each key with Live off too
         inputs=[top.prompt, top.seed, count, live],
         outputs=outputs,
