@@ -19,7 +19,7 @@ def test_snippets_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     snippets = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(snippets) >= 3
+    assert len(snippets) >= 5
     names: dict = {}
     for code in snippets:
         if "unet" not in names and "pipe" in names:
