@@ -1,7 +1,9 @@
 """The page on a server: by requests of gradio_client, as programs use it."""
 
 import json
+import re
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from diffusers_wadi.demo import LOOPBACK  # noqa: E402
 from diffusers_wadi.shapes import judge_image  # noqa: E402
 
 PROMPT = "a large red heart on a white background"
+DOCS = Path(__file__).parents[2] / "docs" / "demo.md"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +40,13 @@ def test_it_listens_on_this_machine_alone_and_asks_no_other(page):
     with urllib.request.urlopen(page.local_url) as answer:
         text = answer.read().decode()
     assert "fonts.googleapis" not in text and json.dumps(page.config).count("googleapis") == 0
+
+
+def test_the_documented_request(page):
+    (code,) = re.findall(r"<!-- test: demo -->\n```python\n(.*?)```", DOCS.read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(compile(code.replace("http://127.0.0.1:7860", page.local_url), DOCS.name, "exec"), names)
+    assert len(names["images"]) == 4 and "per image" in names["said"]
 
 
 def test_generate(client):
