@@ -33,7 +33,11 @@ def draw(
     """
     denoiser = getattr(pipe, "unet", None) or pipe.transformer
     if getattr(denoiser, "peft_config", None):
-        (denoiser.enable_adapters if adapter else denoiser.disable_adapters)()
+        owner = (
+            denoiser if hasattr(denoiser, "enable_adapters") else pipe
+        )  # PixArt's has no adapter methods of its own
+        name = "adapters" if owner is denoiser else "lora"
+        getattr(owner, f"{'enable' if adapter else 'disable'}_{name}")()
     images = []
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])

@@ -20,10 +20,8 @@ LABELS = {
 
 
 def extract(base: Path, tuned: Path, folder: Path, rank: int) -> dict[str, Any]:
-    from diffusers_wadi.cli._flags import give_back_freed_memory
     from diffusers_wadi.conversion import extract_lorad
 
-    give_back_freed_memory()  # as `wadi extract` does
     found = extract_lorad(base, tuned, rank=rank)
     found.save(folder / "adapter")
     return {

@@ -10,7 +10,6 @@ from typing import Any
 from diffusers_wadi._files import writable_folder
 from diffusers_wadi.cli._flags import (
     DTYPES,
-    give_back_freed_memory,
     name_list,
     positive,
     quiet_libraries,
@@ -97,7 +96,6 @@ def _extract(args: argparse.Namespace) -> None:
     _check_output(args.output, folder=True)
     from diffusers_wadi.conversion import extract_lorad
 
-    give_back_freed_memory()
     found = extract_lorad(
         args.base,
         args.tuned,
