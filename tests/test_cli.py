@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -109,6 +110,18 @@ def test_user_errors_are_one_line(tmp_path, capsys, arguments, message):
     assert generate("red", "-o", tmp_path / "x.png", *(argument.format(tmp=tmp_path) for argument in arguments)) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_freed_memory_goes_back_where_the_c_library_can(monkeypatch, base_folder, adapter_folder, tmp_path):
+    calls = []
+    monkeypatch.setattr(
+        _flags.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *given: calls.append(given))
+    )
+    command = ["--no-figures", "-o", str(tmp_path)]
+    assert cli.main(["analyze", str(base_folder), str(adapter_folder), *command]) == 0
+    assert calls == [(-3, 2**24)]  # M_MMAP_THRESHOLD
+    monkeypatch.setattr(_flags.ctypes, "CDLL", lambda name: SimpleNamespace())
+    _flags.give_back_freed_memory()
 
 
 @pytest.mark.parametrize("part", ["_load", "_draw"])

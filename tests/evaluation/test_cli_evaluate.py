@@ -1,8 +1,10 @@
 """`wadi evaluate`, from flags to the table."""
 
+import argparse
 import json
 import re
 import shutil
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_wadi import cli
-from diffusers_wadi.evaluation import PRESETS, UNSUPPORTED, load_pipeline
+from diffusers_wadi.evaluation import PRESETS, UNSUPPORTED, MetricOptions, load_pipeline
 from diffusers_wadi.shapes import heldout_captions
 
 
@@ -135,6 +137,28 @@ def test_what_cannot_work_is_said_before_anything_is_drawn(evaluate, texts, tmp_
     monkeypatch.setattr(module._Model, "load", load)
     code, _, error = evaluate(*(text.format(out=tmp_path / "out", texts=texts) for text in arguments))
     assert code == 2 and re.search(said, error), error
+
+
+def test_every_option_of_the_metrics_has_a_flag(tmp_path):
+    from diffusers_wadi.cli import _evaluate_flags, evaluate
+
+    wanted = {
+        "reference": str(tmp_path),
+        "image_size": 256,
+        "inception_weights": "i.pth",
+        "clip_model": "ViT-B-32",
+        "clip_pretrained": "openai",
+        "clip_weights": "c.pt",
+        "hps_version": "v2.1",
+        "hps_weights": "h.pt",
+        "device": "cpu",
+    }
+    parser = argparse.ArgumentParser()
+    _evaluate_flags.add_flags(parser)
+    flags = [part for name, value in wanted.items() for part in (f"--{name}", str(value))]
+    metrics, options = evaluate._metrics(parser.parse_args(["--metrics", "fid", *flags]))
+    assert metrics == ["fid"] and {name: getattr(options, name) for name in wanted} == wanted
+    assert {field.name for field in fields(MetricOptions)} - wanted.keys() == {"batch_size", "num_workers"}
 
 
 def test_presets_are_listed(evaluate):

@@ -224,7 +224,7 @@ def test_checkpoints_are_of_use_limited_and_checked(run):
     assert resumed.step == 3 and resumed.trainee.optimizer.param_groups[0]["lr"] == 0.5
 
 
-def test_ctrl_c_saves_and_the_run_can_go_on(run, monkeypatch):
+def test_ctrl_c_saves_and_the_run_can_go_on(run, monkeypatch, caplog):
     args, update = run("out", "--max_train_steps", 5), DreamBoothTrainer.update
 
     def interrupted(self):
@@ -236,6 +236,8 @@ def test_ctrl_c_saves_and_the_run_can_go_on(run, monkeypatch):
     with pytest.raises(SystemExit) as stopped:
         script.main(args)
     assert stopped.value.code == 130 and not (Path(args.output_dir) / "adapter_config.json").exists()
+    assert f"stopped by SIGINT after step 2 of 5; {args.output_dir}/checkpoint-2 is saved" in caplog.text
+    assert "Go on with the same command and --resume_from_checkpoint latest" in caplog.text
     monkeypatch.setattr(DreamBoothTrainer, "update", update)
     resumed = DreamBoothTrainer(run("out", "--max_train_steps", 5, "--resume_from_checkpoint", "latest"))
     assert resumed.step == 2

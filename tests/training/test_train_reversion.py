@@ -92,7 +92,9 @@ def test_resumed_equals_uninterrupted_to_the_bit(script, flags, learned, tmp_pat
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_run_saves_and_goes_on_to_the_same_row(script, flags, learned, tmp_path, monkeypatch, number, code):
+def test_a_stopped_run_saves_and_goes_on_to_the_same_row(
+    script, flags, learned, tmp_path, monkeypatch, caplog, number, code
+):
     update = script.ReversionTrainer.update
 
     def interrupted(trainer):
@@ -106,6 +108,9 @@ def test_a_stopped_run_saves_and_goes_on_to_the_same_row(script, flags, learned,
             run(script, flags, tmp_path)
     assert stopped.value.code == code
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    assert (
+        f"stopped by {number.name} after step 1 of" in caplog.text and "--resume_from_checkpoint latest" in caplog.text
+    )
     assert torch.equal(run(script, flags, tmp_path, "--resume_from_checkpoint", "latest"), learned[1])
 
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -310,3 +312,16 @@ def test_convolutions_of_the_student_are_trained_and_come_back(run, tmp_path):
     for name in found:
         angles = loaded.get_submodule(name).get_angles()
         torch.testing.assert_close(angles, layers[name].get_angles(["student"]), rtol=0, atol=0)
+
+
+def test_a_stopped_run_says_how_to_go_on(run, monkeypatch, caplog):
+    args, update = run("out", "--max_train_steps", 5), WaDiTrainer.update
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return update(self)
+
+    monkeypatch.setattr(WaDiTrainer, "update", interrupted)
+    assert WaDiTrainer(args).train() == signal.SIGTERM
+    assert f"stopped by SIGTERM after step 1 of 5; {args.output_dir}/checkpoint-1 is saved" in caplog.text
+    assert "Go on with the same command and --resume_from_checkpoint latest" in caplog.text

@@ -20,6 +20,8 @@ BAD_FLAGS = {
     "--student_rank 0": "student_rank is 0, expected at least 1",
     "--learning_rate 0": "learning_rate is 0.0, expected more than 0",
     "--proportion_empty_prompts 2": "from 0 to 1",
+    "--ema_decay 1.5": "ema_decay is 1.5, expected from 0 to 1",
+    "--adam_beta2 1": "adam_beta2 is 1.0, expected from 0 to below 1",
     "--terminal_alpha_cumprod 1": "between 0 and 1",
     "--min_timestep 500 --max_timestep 400": "--min_timestep 500 is above --max_timestep 400",
     "--fake_min_timestep 9 --fake_max_timestep 8": "--fake_min_timestep 9 is above --fake_max_timestep 8",

@@ -107,12 +107,12 @@ def _load(args: argparse.Namespace) -> tuple[Any, str]:
 
 
 def _open_image(file: str) -> Any:
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(file) as image:
             return image.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+    except OSError as error:  # PIL's for what is no image, too
         raise ValueError(f"--image {file} cannot be read as an image: {error}") from error
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,18 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 import diffusers_wadi.pipelines as our_pipelines
 from diffusers_wadi._files import NotCachedError, find_file, hub_options, probe_file
 from diffusers_wadi.authors_files import fitting_weights
 from diffusers_wadi.evaluation.presets import Preset, WeightFile
+from diffusers_wadi.evaluation.weights import read_state
 from diffusers_wadi.schedulers import one_step_scheduler
 from diffusers_wadi.shapes import bundled_checkpoint
 
 __all__ = ["load_pipeline", "load_preset"]
 
 COMPONENTS = ("unet", "transformer")
-_TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def load_preset(
@@ -157,24 +154,9 @@ def _denoiser(base: str, path: Path, dtype: torch.dtype, hub: dict[str, Any]) ->
     config = _explained(base, lambda: kind.load_config(base, subfolder="unet", **hub_options(hub)))
     with init_empty_weights():
         model = kind.from_config(config)
-    state = fitting_weights(model, _read(path), str(path))
+    state = fitting_weights(model, read_state(path, "weights"), str(path))
     model.load_state_dict({key: value.to(dtype, copy=True) for key, value in state.items()}, assign=True)
     return model.eval()
-
-
-def _read(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix in _TORCH_SUFFIXES:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            state = load_file(path)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and is not read, since that could run code") from error
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} is no complete file of weights ({error}); get it again") from error
-    if not (isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())):
-        raise ValueError(f"{path} holds {type(state).__name__}, expected named tensors")
-    return state
 
 
 def _fuse_lora(pipe: DiffusionPipeline, path: Path) -> None:

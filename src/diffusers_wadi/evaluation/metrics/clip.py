@@ -17,7 +17,7 @@ from diffusers_wadi._files import find_file
 from diffusers_wadi._optional import require
 from diffusers_wadi.evaluation.metrics.images import ImageSet, batches, refuse_not_finite
 from diffusers_wadi.evaluation.metrics.options import MetricOptions
-from diffusers_wadi.evaluation.metrics.weights import local_file, not_downloaded
+from diffusers_wadi.evaluation.weights import local_file, not_downloaded
 
 # The weights that are taken where `clip_pretrained` names none: those on LAION-2B, the best trained of them.
 PRETRAINED = {

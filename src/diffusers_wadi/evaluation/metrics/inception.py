@@ -22,7 +22,7 @@ from torch import Tensor
 from diffusers_wadi._optional import require
 from diffusers_wadi.evaluation.metrics.images import ImageSet, batches, refuse_not_finite
 from diffusers_wadi.evaluation.metrics.options import MetricOptions
-from diffusers_wadi.evaluation.metrics.weights import local_file, not_downloaded, read_state
+from diffusers_wadi.evaluation.weights import local_file, not_downloaded, read_state
 
 logger = logging.getLogger(__name__)
 

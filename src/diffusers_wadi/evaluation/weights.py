@@ -42,8 +42,12 @@ def read_state(path: Path, option: str) -> dict[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{option}={str(path)!r} is no file of weights that can be read safely: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{option}={str(path)!r} holds more than tensors and is not read, since that could run code"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"{option}={str(path)!r} is no complete file of weights ({error}); get it again") from error
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{option}={str(path)!r} holds a {type(state).__name__}; expected tensors by name")
     return state
