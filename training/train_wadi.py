@@ -67,7 +67,13 @@ def _add_text_flags(parser: argparse.ArgumentParser) -> None:
     add_flag(g, "streaming", False, "Read the data set from the Hub without storing it")
     add_flag(g, "shapes_captions", None, "Instead: this many Shapes World captions", type=int)
     add_flag(g, "caption_column", None, "Column, or key of the objects, that holds the text")
-    add_flag(g, "max_train_samples", None, "Only the first so many different prompts", type=int)
+    add_flag(g, "max_train_samples", None, "Only the first so many prompts that remain", type=int)
+    add_flag(
+        g,
+        "keep_repeated_prompts",
+        False,
+        "Keep every occurrence of a prompt that is repeated: as often as it is given it is drawn",
+    )
     add_flag(g, "skip_bad_lines", False, "Leave out records that cannot be read, instead of refusing the source")
     add_flag(
         g,

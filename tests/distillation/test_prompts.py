@@ -141,6 +141,13 @@ def test_only_the_first_unreadable_ones_are_told(tmp_path):
         write_prompts(tmp_path / "p.bin", records, "x", skip_bad_lines=True)
 
 
+def test_repeated_prompts_are_kept_if_asked(tmp_path):
+    store = write_prompts(tmp_path / "p.bin", ["aa", " ", "b", "aa "], "x", max_samples=3, keep_repeated=True)
+    assert list(store) == ["aa", "b", "aa"]
+    assert (store.report.duplicates, store.report.empty) == (0, 1)
+    assert store.digest != write_prompts(tmp_path / "q.bin", ["aa", "b", "aa"], "x").digest
+
+
 def test_report(tmp_path):
     store = write_prompts(tmp_path / "p.bin", ["aa", " ", "aa ", "\u3042" * 4, ""], "x")
     report = PromptStore(tmp_path / "p.bin").report

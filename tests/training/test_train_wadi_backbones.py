@@ -106,6 +106,8 @@ def test_prompts_are_reported(arguments, base_folder, tmp_path, caplog):
     assert len(trainer.embeddings) == 2
     assert "2 prompts of 4 records, 1 repeated, 1 unreadable; characters: mean 12" in caplog.text
     assert "skipped: line 4: is not valid JSON" in caplog.text
+    again = WaDiTrainer(arguments(base_folder, *flags, "--skip_bad_lines", "--keep_repeated_prompts", name="again"))
+    assert len(again.embeddings) == 3
     assert "tokens: mean 6, median 6, 95 % 9, max 9; 0.00% are longer than 24 and cut" in caplog.text
 
 

@@ -107,6 +107,7 @@ def write_prompts(
     source: str,
     skip_bad_lines: bool = False,
     max_samples: int | None = None,
+    keep_repeated: bool = False,
 ) -> PromptStore:
     """Write the stripped, non-empty, distinct prompts of ``records``, first occurrence first, and open the file.
 
@@ -116,6 +117,7 @@ def write_prompts(
         source: named in errors.
         skip_bad_lines: leave unreadable records out instead of refusing them.
         max_samples: stop reading after so many; ``None``: all.
+        keep_repeated: keep every occurrence of a repeated prompt, each a sample of its own.
 
     Raises:
         ValueError: unreadable records without ``skip_bad_lines`` (the first five are named), or no prompt.
@@ -124,7 +126,7 @@ def write_prompts(
     offsets = array("q", [0])
     with written_beside(file) as beside:
         with open(beside, "wb") as out:
-            for data, length in _kept(records, report):
+            for data, length in _kept(records, report, keep_repeated):
                 out.write(data)
                 # The zero byte, which no other prompt list of the same letters can imitate.
                 digest.update(data + b"\0")
@@ -139,7 +141,9 @@ def write_prompts(
     return PromptStore(file)
 
 
-def _kept(records: Iterable[str | Unreadable], report: PromptReport) -> Iterator[tuple[bytes, int]]:
+def _kept(
+    records: Iterable[str | Unreadable], report: PromptReport, keep_repeated: bool
+) -> Iterator[tuple[bytes, int]]:
     """(UTF-8, number of characters) of what is to be kept; counts the rest in ``report``."""
     seen: set[bytes] = set()  # digests: the texts themselves would be what this file is there to avoid
     for record in records:
@@ -154,14 +158,16 @@ def _kept(records: Iterable[str | Unreadable], report: PromptReport) -> Iterator
             if len(report.first_unreadable) < SHOWN:
                 report.first_unreadable.append(str(text))
             continue
-        key = hashlib.blake2b(data, digest_size=16).digest()
         if not data:
             report.empty += 1
-        elif key in seen:
-            report.duplicates += 1
-        else:
+            continue
+        if not keep_repeated:
+            key = hashlib.blake2b(data, digest_size=16).digest()
+            if key in seen:
+                report.duplicates += 1
+                continue
             seen.add(key)
-            yield data, len(text)
+        yield data, len(text)
 
 
 def _check(report: PromptReport, source: str, skip_bad_lines: bool) -> None:

@@ -19,7 +19,7 @@ MAY_DIFFER = frozenset(
     """
     pretrained_teacher_model base_model_name_or_path output_dir adapter_dtype init_student revision variant
     train_prompts dataset_name dataset_config_name dataset_split streaming caption_column shapes_captions
-    max_train_samples skip_bad_lines precompute_text_embeddings text_cache_dir text_batch_size text_encoder_dtype
+    max_train_samples skip_bad_lines keep_repeated_prompts precompute_text_embeddings text_cache_dir text_batch_size text_encoder_dtype
     embedding_dtype
     logging_dir report_to logging_steps resume_from_checkpoint dry_run
     checkpointing_steps checkpoints_total_limit validation_steps validation_prompts num_validation_images

@@ -112,8 +112,8 @@ def load_prompts(args: argparse.Namespace, accelerator: Accelerator) -> PromptSt
     return PromptStore(file)
 
 
-def _choices(args: argparse.Namespace) -> tuple[bool, int | None]:
-    return args.skip_bad_lines, args.max_train_samples
+def _choices(args: argparse.Namespace) -> tuple[bool, int | None, bool]:
+    return args.skip_bad_lines, args.max_train_samples, args.keep_repeated_prompts
 
 
 def report_tokens(store: PromptStore, encoder: TextEncoder, sample: int = 10_000) -> str:
