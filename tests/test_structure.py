@@ -74,8 +74,10 @@ ALLOWED = {
         "_hub",
     },
     "analysis": {"lorad", "conversion", "authors_files", "_adapter_files", "_files", "_optional"},
-    "evaluation": {"pipelines", "loaders", "schedulers", "shapes", "authors_files", "_files", "_optional"},
+    "serving": set(),
+    "evaluation": {"pipelines", "loaders", "schedulers", "shapes", "authors_files", "serving", "_files", "_optional"},
     "demo": {
+        "serving",
         "pipelines",
         "downstream",
         "analysis",

@@ -31,7 +31,14 @@ from diffusers_wadi._adapter_files import (
     require_safetensors,
     split_factors,
 )
-from diffusers_wadi._adapter_ops import active_adapters, adapter_names, add_adapter, discard, lorad_adapter_names
+from diffusers_wadi._adapter_ops import (
+    active_adapters,
+    adapter_names,
+    add_adapter,
+    discard,
+    lorad_adapter_names,
+    refuse_copy,
+)
 from diffusers_wadi._files import refuse_unknown_options, writable_folder, written_beside
 from diffusers_wadi._offloading import offloading_paused
 from diffusers_wadi.lorad.composition import hotswap_lorad_adapter
@@ -146,6 +153,7 @@ def load_lorad_adapter(
         OSError: the file cannot be found.
     """
     refuse_unknown_options(hub)
+    refuse_copy(model)
     if adapter_name in adapter_names(model) and not hotswap:
         raise ValueError(f"adapter name {adapter_name!r} is taken; choose another or delete that adapter first")
     state, saved, origin = read_adapter(source, weight_name, subfolder, hub)

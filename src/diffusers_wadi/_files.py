@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,7 +201,11 @@ def _usual_permissions(path: Path) -> None:
     path.chmod(0o666 & ~_umask())
 
 
+_reading_umask = threading.Lock()
+
+
 def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
+    with _reading_umask:  # which is done by setting it: two threads at once would leave 0
+        mask = os.umask(0)
+        os.umask(mask)
     return mask

@@ -29,13 +29,26 @@ def offloading_paused(models: Iterable[torch.nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as restoring:
         for model in models:
-            for pause in (_pause_sequential, _pause_group):
-                if (restore := pause(model)) is not None:
-                    restoring.callback(restore)
+            restoring.callback(pause_offloading(model), model)
         yield
 
 
-def _pause_sequential(model: torch.nn.Module) -> Callable[[], Any] | None:
+def pause_offloading(model: torch.nn.Module) -> Callable[[torch.nn.Module], None]:
+    """Take one model out of its offloading; what is returned does to another one, or the same, what was done to it.
+
+    Raises:
+        ValueError: see `offloading_paused`.
+    """
+    again = [resume for pause in (_pause_sequential, _pause_group) if (resume := pause(model)) is not None]
+
+    def resume_on(other: torch.nn.Module) -> None:
+        for resume in again:
+            resume(other)
+
+    return resume_on
+
+
+def _pause_sequential(model: torch.nn.Module) -> Callable[..., Any] | None:
     hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
     hooks = [hook for hook in hooks if getattr(hook, "offload", False) is True]
     if not hooks:
@@ -52,10 +65,10 @@ def _pause_sequential(model: torch.nn.Module) -> Callable[[], Any] | None:
     device = hooks[0].execution_device
     remove_hook_from_module(model, recurse=True)
     # As DiffusionPipeline.enable_sequential_cpu_offload does, whose hooks these are.
-    return lambda: cpu_offload(model, device, offload_buffers=len(model._parameters) > 0)
+    return lambda on=model: cpu_offload(on, device, offload_buffers=len(on._parameters) > 0)
 
 
-def _pause_group(model: torch.nn.Module) -> Callable[[], Any] | None:
+def _pause_group(model: torch.nn.Module) -> Callable[..., Any] | None:
     top = group_offloading._get_top_level_group_offload_hook(model)
     if top is None:
         return None
@@ -65,7 +78,20 @@ def _pause_group(model: torch.nn.Module) -> Callable[[], Any] | None:
     registry = HookRegistry.check_if_exists_or_initialize(model)
     for name in GROUP_HOOKS:
         registry.remove_hook(name, recurse=True)
-    return lambda: group_offloading._apply_group_offloading(model, top.config)
+
+    def resume(on: torch.nn.Module = model) -> None:
+        if top.config.offload_to_disk_path is not None:
+            _unshare(on)
+        group_offloading._apply_group_offloading(on, top.config)
+
+    return resume
+
+
+def _unshare(model: torch.nn.Module) -> None:
+    """Give tensors memory of their own, in order: safetensors, of which the groups on the disk are, holds no others."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_contiguous() or tensor.untyped_storage().nbytes() != tensor.nbytes:
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
 def _groups(model: torch.nn.Module) -> list[Any]:

@@ -18,6 +18,8 @@ def built(**settings):
     blocks = page.build(Requests(Engine.load(settings), settings))
     said = {block.value for block in blocks.blocks.values() if block.get_block_name() == "markdown"}
     calls = {fn.api_name for fn in blocks.fns.values() if fn.api_visibility == "public"}
+    (generate,) = [fn for fn in blocks.fns.values() if fn.api_name == "generate" and fn.api_visibility == "public"]
+    assert generate.concurrency_limit == settings.at_once == 16
     return said, calls
 
 

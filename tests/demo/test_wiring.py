@@ -8,7 +8,7 @@ import pytest
 
 gr = pytest.importorskip("gradio", reason="the demo needs gradio")
 
-from diffusers_wadi.demo.wiring import with_messages  # noqa: E402
+from diffusers_wadi.demo.wiring import draws, draws_together, with_messages  # noqa: E402
 from diffusers_wadi.demo.zero_gpu import on_gpu  # noqa: E402
 
 
@@ -71,3 +71,14 @@ def test_a_gpu_is_asked_for_where_spaces_is_installed(monkeypatch):
     spaces.GPU = gpu
     on_one = on_gpu(request, 30)
     assert on_one("a") == "A" and lent == [30] and on_one.__name__ == "request" and on_one.__doc__ == "What it does."
+
+
+def test_plain_requests_come_many_at_a_time_but_where_each_has_a_process_of_its_own(monkeypatch):
+    monkeypatch.setitem(sys.modules, "spaces", None)
+    monkeypatch.delenv("SPACES_ZERO_GPU", raising=False)
+    others = draws(str)
+    call = draws_together(str, 16)
+    assert call["concurrency_limit"] == 16 and call["concurrency_id"] != others["concurrency_id"]
+    monkeypatch.setenv("SPACES_ZERO_GPU", "true")
+    call = draws_together(str, 16)
+    assert call["concurrency_limit"] == 1 and call["concurrency_id"] == others["concurrency_id"]

@@ -322,6 +322,6 @@ def test_a_kind_of_layer_has_to_say_what_its_weight_does():
         def _plain(self, x):
             return x
 
-    with pytest.raises(TypeError, match="abstract method '?_turned"):
+    with pytest.raises(TypeError, match="abstract methods? .*_turned"):
         Half(nn.Linear(4, 4), "default", 2, LoRaDConfig(r=2))
     assert _LAYERS and not any(map(inspect.isabstract, _LAYERS.values()))

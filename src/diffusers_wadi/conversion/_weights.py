@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from diffusers_wadi._adapter_files import ADAPTER_CONFIG_NAME
 from diffusers_wadi._files import find_file, probe_file
+from diffusers_wadi.pipelines._optimization import as_it_was
 
 Source = torch.nn.Module | DiffusionPipeline | Mapping[str, torch.Tensor] | str | os.PathLike
 
@@ -75,6 +76,7 @@ def open_weights(source: Source, subfolder: str | None, variant: str | None, **h
 
 
 def _of_pipeline(pipe: Any, component: str | None) -> Weights:
+    pipe = as_it_was(pipe)  # of an optimized pipeline the models themselves
     component = component or next((name for name in COMPONENTS if name in pipe.components), None)
     model = pipe.components.get(component)
     if model is None:

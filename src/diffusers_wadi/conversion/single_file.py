@@ -23,6 +23,7 @@ from diffusers_wadi.conversion._original_keys import (
     unet_to_original,
     vae_to_original,
 )
+from diffusers_wadi.pipelines._optimization import as_it_was
 from diffusers_wadi.pipelines._saving import without_adapters
 
 __all__ = ["export_single_file", "original_state_dict"]
@@ -77,6 +78,7 @@ def original_state_dict(pipe: DiffusionPipeline, layout: Layout = "auto") -> Sta
     """
     if layout not in ("auto", "sd1", "sd2"):
         raise ValueError(f"`layout` has to be 'auto', 'sd1' or 'sd2', got {layout!r}")
+    pipe = as_it_was(pipe)  # of an optimized pipeline the models themselves
     _refuse_other_models(pipe)
     unet = without_adapters(pipe.unet)
     linear = unet.config.cross_attention_dim == 1024 and unet.config.use_linear_projection

@@ -64,6 +64,7 @@ def launch(
         share=False,
         ssr_mode=False,
         footer_links=["api"],
+        max_threads=max(40, settings.at_once + 8),  # 40 is gradio's default
         **page.look(requests),
     )
     if wait:

@@ -1,11 +1,11 @@
-"""One pipeline for all requests: what it draws, one request at a time, and always left as it was found."""
+"""One pipeline for all requests: what it draws, in batches or alone, and always left as it was found."""
 
 from __future__ import annotations
 
 import copy
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from diffusers_wadi.demo.settings import DemoSettings
 from diffusers_wadi.demo.zero_gpu import default_device
 from diffusers_wadi.downstream.scalecrafter import scalecrafter
 from diffusers_wadi.pipelines import WaDiControlNetPipeline, WaDiPipeline, one_step_pipeline_class
+from diffusers_wadi.serving import ImageBatcher
 from diffusers_wadi.shapes import bundled_checkpoint
 
 SMALL = 50_000_000  # parameters of a denoiser that draws and is measured without a noticeable wait on any machine
@@ -35,9 +36,12 @@ class Drawing:
 class Engine:
     """Draws with one one-step model, from any number of threads.
 
-    Whoever draws holds a lock from the switch of an adapter, scale or convolution to its undoing, so that no request
-    sees the state of another one, and after each the pipeline is bit for bit what it was. What is only to be fast is
-    drawn with a copy of the denoiser that has the rotations merged; text encoder and VAE are shared.
+    One thread draws for all (see `ImageBatcher`), in the order of arrival: plain images of all who wait together, and
+    what switches an adapter, scale or convolution alone, from the switch to its undoing. So no request sees the state of
+    another one, and after each the pipeline is bit for bit what it was. What is only to be fast is drawn with a copy of
+    the denoiser that has the rotations merged; text encoder and VAE are shared.
+
+    On ZeroGPU every request runs in a process of its own, forked from this one, so that only its own images make a batch.
 
     Args:
         pipe: one-step pipeline; one with a ControlNet serves both with and without it.
@@ -45,6 +49,7 @@ class Engine:
         controlnet: a ControlNet of the same family. Default None.
         controlnet_name: of it, for the notes.
         sources: (base, tuned) as `analyze_weights` takes them. Default None: there is nothing to compare.
+        max_batch: plain images at once. Default 8.
 
     Raises:
         ValueError: a ControlNet that does not fit.
@@ -57,9 +62,9 @@ class Engine:
         controlnet: Any = None,
         controlnet_name: str | None = None,
         sources: tuple[Any, Any] | None = None,
+        max_batch: int = 8,
     ) -> None:
         self.name = name
-        self._lock = threading.Lock()
         self._measuring = threading.Lock()
         self._analysis: Any = None
         self._sources = sources
@@ -74,6 +79,7 @@ class Engine:
         self._controlnet_name = controlnet_name or name
         for each in self._pipes():
             each.set_progress_bar_config(disable=True)
+        self._batcher = ImageBatcher(self._fused, max_batch, max_waiting=None)
 
     @classmethod
     def load(cls, settings: DemoSettings) -> Engine:
@@ -92,7 +98,8 @@ class Engine:
             controlnet = ControlNetModel.from_pretrained(settings.controlnet, torch_dtype=dtype)
         pipe = pipe_class.from_pretrained(model, **where, dtype=dtype)
         name = settings.model or "the bundled checkpoint"
-        return cls(pipe, name, controlnet, settings.controlnet, _sources(model, **where)).to(device)
+        sources = _sources(model, **where)
+        return cls(pipe, name, controlnet, settings.controlnet, sources, settings.max_batch).to(device)
 
     def to(self, device: str | torch.device) -> Engine:
         """Move all models; the merging has been done before, since ZeroGPU lends no GPU at the start."""
@@ -142,9 +149,18 @@ class Engine:
         return 3.0 if self.is_bundled else 7.5 if self.has_unet else 4.5
 
     def draw(self, prompt: str, seed: int, count: int = 1) -> list[Drawing]:
-        """`count` images in one step and one batch, of seeds `seed`, `seed + 1`, ..."""
-        with self._lock:
-            return self._run(self._fused, prompt, seed, count, {})
+        """`count` images in one step, of seeds `seed`, `seed + 1`, ..., together with those of others who ask meanwhile."""
+        futures = [self._batcher.submit(prompt, seed + i) for i in range(count)]
+        try:
+            images = [future.result() for future in futures]
+        except BaseException:
+            for future in futures:  # for nobody would look at them
+                future.cancel()
+            raise
+        return [
+            Drawing(image, future.seconds, self._notes(prompt, seed + i, image, {}))
+            for i, (image, future) in enumerate(zip(images, futures))
+        ]
 
     def draw_at(self, prompt: str, seed: int, strengths: Sequence[float]) -> list[Drawing]:
         """One image in one step for each factor on the adapter's angles, of the same noise.
@@ -153,12 +169,15 @@ class Engine:
             ValueError: there is no adapter.
         """
         self._refuse_without_adapter("turn")
-        drawings = []
-        with self._lock:
+
+        def draw() -> list[Drawing]:
+            drawings = []
             for strength in strengths:
                 with self._at_strength(strength):
-                    drawings += self._run(self._turning, prompt, seed, 1, {"strength": f"{strength:g}"})
-        return drawings
+                    drawings.append(self._run(self._turning, prompt, seed, {"strength": f"{strength:g}"}))
+            return drawings
+
+        return self._alone(draw)
 
     def draw_controlled(self, prompt: str, seed: int, condition: Any, scale: float, detector: str) -> list[Drawing]:
         """One image without and one with the ControlNet, of the same noise.
@@ -179,9 +198,12 @@ class Engine:
         size = {"height": condition.height, "width": condition.width}
         notes = {"controlnet": self._controlnet_name, "scale": f"{scale:g}", "detector": detector}
         control = {"image": condition, "controlnet_conditioning_scale": float(scale)}
-        with self._lock:
-            plain = self._run(self._fused, prompt, seed, 1, {}, **size)
-            return plain + self._run(self._controlled, prompt, seed, 1, notes, **control)
+
+        def draw() -> list[Drawing]:
+            plain = self._run(self._fused, prompt, seed, {}, **size)
+            return [plain, self._run(self._controlled, prompt, seed, notes, **control)]
+
+        return self._alone(draw)
 
     def draw_larger(self, prompt: str, seed: int, side: int, strength: float, finest: float) -> list[Drawing]:
         """One image of `side` x `side` pixels without and one with ScaleCrafter, of the same noise.
@@ -197,10 +219,13 @@ class Engine:
         size = {"height": side, "width": side}
         factors = {"down_blocks.0": finest} if finest > 1 else None
         notes = {"scalecrafter strength": f"{strength:g}", "scalecrafter down_blocks.0": f"{finest:g}"}
-        with self._lock:
-            plain = self._run(self._fused, prompt, seed, 1, {}, **size)
+
+        def draw() -> list[Drawing]:
+            plain = self._run(self._fused, prompt, seed, {}, **size)
             with scalecrafter(self._fused, **size, strength=strength, factors=factors):
-                return plain + self._run(self._fused, prompt, seed, 1, notes, **size)
+                return [plain, self._run(self._fused, prompt, seed, notes, **size)]
+
+        return self._alone(draw)
 
     def draw_by_both(self, prompt: str, seed: int, steps: int, guidance: float) -> list[Drawing]:
         """The teacher's image, in `steps` steps with guidance, and the student's in one step, of the same noise.
@@ -210,11 +235,14 @@ class Engine:
         """
         self._refuse_without_adapter("switch off")
         notes = {"adapter": "off (the teacher)", "steps": str(steps), "guidance_scale": f"{guidance:g}"}
-        with self._lock:
+
+        def draw() -> list[Drawing]:
             with self._adapter_off():
                 call = {"num_inference_steps": steps, "guidance_scale": guidance}
-                teacher = self._run(self._turning, prompt, seed, 1, notes, **call)
-            return teacher + self._run(self._fused, prompt, seed, 1, {})
+                teacher = self._run(self._turning, prompt, seed, notes, **call)
+            return [teacher, self._run(self._fused, prompt, seed, {})]
+
+        return self._alone(draw)
 
     def analysis(self) -> Any:
         """What changed from teacher to student, a `WeightAnalysis`; measured at the first call.
@@ -235,17 +263,23 @@ class Engine:
                 self._analysis = analyze_weights(base, tuned, energies=self.is_small, label=self.name)
             return self._analysis
 
-    def _run(self, pipe: Any, prompt: str, seed: int, count: int, notes: dict[str, str], **call: Any) -> list[Drawing]:
+    def close(self) -> None:
+        """Draw what is waiting, and nothing more."""
+        self._batcher.close()
+
+    def _alone(self, draw: Callable[[], list[Drawing]]) -> list[Drawing]:
+        return self._batcher.run(draw).result()
+
+    def _run(self, pipe: Any, prompt: str, seed: int, notes: dict[str, str], **call: Any) -> Drawing:
         # On the CPU whatever the device, so that a seed means the same image everywhere, `wadi generate` included.
-        generators = [torch.Generator("cpu").manual_seed(seed + i) for i in range(count)]
+        generator = torch.Generator("cpu").manual_seed(seed)
         start = time.perf_counter()
-        images = pipe(prompt, num_images_per_prompt=count, generator=generators, **call).images
-        seconds = (time.perf_counter() - start) / count
-        made = {"prompt": prompt, "model": self.name, "steps": "1"} | notes
-        return [
-            Drawing(image, seconds, made | {"seed": str(seed + i), "size": f"{image.width}x{image.height}"})
-            for i, image in enumerate(images)
-        ]
+        image = pipe(prompt, generator=generator, **call).images[0]
+        return Drawing(image, time.perf_counter() - start, self._notes(prompt, seed, image, notes))
+
+    def _notes(self, prompt: str, seed: int, image: Any, more: dict[str, str]) -> dict[str, str]:
+        made = {"prompt": prompt, "model": self.name, "steps": "1"} | more
+        return made | {"seed": str(seed), "size": f"{image.width}x{image.height}"}
 
     @contextmanager
     def _at_strength(self, strength: float) -> Iterator[None]:

@@ -25,6 +25,7 @@ class DemoSettings:
         dtype: "float32", "float16" or "bfloat16". Default None: float16 on a GPU, float32 on the CPU.
         max_prompt: characters that a prompt may have. Default 300.
         max_images: images of one request. Default 4.
+        max_batch: images that are drawn at once, of whichever requests. Default 8.
         max_steps: steps of the teacher in the tab Compare. Default 50.
         max_size: pixels of a side in the tab High resolution. Default None: four times what the model was trained at.
         queue_size: requests that may wait; further ones are turned away. Default 256.
@@ -41,17 +42,23 @@ class DemoSettings:
     dtype: str | None = None
     max_prompt: int = 300
     max_images: int = 4
+    max_batch: int = 8
     max_steps: int = 50
     max_size: int | None = None
     queue_size: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("max_prompt", "max_images", "max_steps", "max_size", "queue_size"):
+        for name in ("max_prompt", "max_images", "max_batch", "max_steps", "max_size", "queue_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected a number of at least 1")
         if self.dtype not in (None, *DTYPES):
             raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+
+    @property
+    def at_once(self) -> int:
+        """Plain requests that are worked on at a time: enough for a batch while another one is drawn."""
+        return 2 * self.max_batch
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None, **given: Any) -> DemoSettings:

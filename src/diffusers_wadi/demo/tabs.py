@@ -12,7 +12,7 @@ from PIL import Image
 from diffusers_wadi._optional import require
 from diffusers_wadi.demo import texts
 from diffusers_wadi.demo.requests import ALL_LAYERS, AS_IT_IS, LARGEST_SEED, Requests
-from diffusers_wadi.demo.wiring import computes, draws
+from diffusers_wadi.demo.wiring import computes, draws, draws_together
 
 gr = require("gradio", "demo")
 
@@ -84,7 +84,7 @@ def generate_tab(requests: Requests) -> Any:
             said = gr.Markdown("", elem_classes="said")
             images = gallery("Images")
     shown = examples(prompts, top.prompt)
-    call, outputs = draws(requests.generate), [images, said]
+    call, outputs = draws_together(requests.generate, requests.settings.at_once), [images, said]
     top.wire(call, [count], outputs, shown, "generate")
 
     def redraw(prompt: str, seed: float, number: float, on: bool) -> Any:

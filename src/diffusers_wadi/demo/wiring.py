@@ -1,4 +1,4 @@
-"""Buttons to requests: one queue for the model, a GPU lent for the time of a request, errors as messages."""
+"""Buttons to requests: queues for the model, a GPU lent for the time of a request, errors as messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from diffusers.utils import logging
 
 from diffusers_wadi._optional import require
-from diffusers_wadi.demo.zero_gpu import on_gpu
+from diffusers_wadi.demo.zero_gpu import is_zero_gpu, on_gpu
 
 gr = require("gradio", "demo")
 
@@ -58,6 +58,11 @@ def draws(function: Callable, seconds: int = 15, **more: Any) -> dict[str, Any]:
         "concurrency_limit": 1,
         "concurrency_id": "model",
     } | more
+
+
+def draws_together(function: Callable, at_once: int) -> dict[str, Any]:
+    """As `draws`, but `at_once` requests at a time, which the engine draws in batches; on ZeroGPU they would not meet."""
+    return draws(function) if is_zero_gpu() else draws(function, concurrency_limit=at_once, concurrency_id="plain")
 
 
 def computes(function: Callable, **more: Any) -> dict[str, Any]:

@@ -23,9 +23,14 @@ def on_gpu(function: Callable, seconds: int) -> Callable:
     return function if spaces is None else functools.wraps(function)(spaces.GPU(duration=seconds)(function))
 
 
+def is_zero_gpu() -> bool:
+    """Whether this is a Space on ZeroGPU, where every request is run by a process of its own, forked from this one."""
+    return bool(os.environ.get("SPACES_ZERO_GPU"))
+
+
 def default_device() -> str:
     """The GPU if there is one, or will be one during requests; else "cpu"."""
-    if os.environ.get("SPACES_ZERO_GPU"):
+    if is_zero_gpu():
         return "cuda"
     import torch
 

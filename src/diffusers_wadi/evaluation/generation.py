@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from accelerate import PartialState
@@ -19,10 +22,12 @@ from accelerate.utils import parse_flag_from_env
 from diffusers_wadi._files import written_beside
 from diffusers_wadi.evaluation.folders import Image, check_folder, image_plan, prepare_folder, whole_image
 from diffusers_wadi.evaluation.prompts import PromptSet
+from diffusers_wadi.serving.pixels import PendingImages, start_drawing
 
 __all__ = ["generate_images", "process_state"]
 
 _PATIENCE = timedelta(days=7)  # a process that finishes first waits for the others, long where theirs were missing
+_WRITERS = min(8, os.cpu_count() or 1)  # threads: writing a PNG of 512 pixels takes longer than a GPU needs to draw it
 _PACKAGES = ("diffusers-wadi", "diffusers", "torch", "transformers", "peft")
 
 
@@ -81,10 +86,10 @@ def generate_images(
     # By place, not by what is missing: processes look at the folder at different times.
     mine = plan[state.process_index :: state.num_processes]
     todo = [image for image in mine if not whole_image(folder / image.file)]
-    for batch in _batches(todo, batch_size, len(mine), progress and state.is_main_process):
-        for image, pixels in zip(batch, _draw(pipe, batch, arguments)):
-            with written_beside(folder / image.file) as temporary:
-                PIL.Image.fromarray(pixels).save(temporary)
+    with _writing(folder, len(mine) - len(todo), len(mine), progress and state.is_main_process) as write:
+        for first in range(0, len(todo), batch_size):
+            batch = todo[first : first + batch_size]
+            write(batch, _drawn(pipe, batch, arguments))
     state.wait_for_everyone()
     return folder
 
@@ -144,26 +149,44 @@ def _refuse_unknown_arguments(pipe: Any, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _batches(images: Sequence[Image], size: int, total: int, progress: bool) -> Iterator[Sequence[Image]]:
+def _drawn(pipe: Any, batch: Sequence[Image], arguments: Mapping[str, Any]) -> PendingImages:
+    return start_drawing(pipe, [image.prompt for image in batch], [image.seed for image in batch], arguments)
+
+
+@contextmanager
+def _writing(folder: Path, there: int, total: int, progress: bool) -> Iterator[Callable[..., None]]:
+    """A function (images, what is drawn of them) that has them written by other threads.
+
+    It returns when those of the call before are on the disk, so that one batch is written while another is drawn. So are
+    all when the block ends, by whatever exception; errors of the threads are raised at one of these points.
+    """
     from tqdm import tqdm
 
+    waiting: deque[Future] = deque()
     # disable=None shows nothing where nobody looks, as in a file or a test.
-    with tqdm(total=total, initial=total - len(images), unit="image", disable=None if progress else True) as bar:
-        for first in range(0, len(images), size):
-            batch = images[first : first + size]
-            yield batch
-            bar.update(len(batch))
+    bar = tqdm(total=total, initial=there, unit="image", disable=None if progress else True)
+    with bar, ThreadPoolExecutor(_WRITERS) as threads:
+
+        def settle(most: int) -> None:
+            while len(waiting) > most:
+                waiting.popleft().result()
+                bar.update()
+
+        def write(batch: Sequence[Image], drawn: PendingImages) -> None:
+            waiting.extend(threads.submit(_write, folder, batch, number, drawn) for number in range(len(batch)))
+            settle(len(batch))
+
+        yield write
+        settle(0)
 
 
-def _draw(pipe: Any, batch: Sequence[Image], arguments: Mapping[str, Any]) -> np.ndarray:
-    """uint8 pixels (n, height, width, 3)."""
-    generators = [torch.Generator("cpu").manual_seed(image.seed) for image in batch]
-    prompts = [image.prompt for image in batch]
-    images = pipe(prompt=prompts, generator=generators, output_type="np", **arguments).images  # (n, h, w, 3) in [0, 1]
-    for image, pixels in zip(batch, images):
-        if not np.isfinite(pixels).all():
+def _write(folder: Path, batch: Sequence[Image], number: int, drawn: PendingImages) -> None:
+    pixels, finite = drawn.wait()
+    for image, good in zip(batch, finite):  # of the whole batch, of which then nothing is written
+        if not good:
             raise ValueError(
                 f"the image of prompt {image.index} ({image.prompt!r}) is not finite. In half precision numbers overflow: "
                 "use float32 (--dtype float32); else the weights are damaged."
             )
-    return (images * 255).round().astype(np.uint8)
+    with written_beside(folder / batch[number].file) as temporary:
+        PIL.Image.fromarray(pixels[number]).save(temporary)

@@ -10,15 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diffusers_wadi.lorad.kernels.precision import autocast_dtype, autocast_off
 from diffusers_wadi.lorad.layer import TurnedWeightLayer
-from diffusers_wadi.lorad.rotation import (
-    _autocast_dtype,
-    _autocast_off,
-    _work_dtype,
-    factor_gradients,
-    lorad_angles,
-    rotate_weight,
-)
+from diffusers_wadi.lorad.rotation import factor_gradients, turn_weight
 from diffusers_wadi.lorad.targets import CONVOLUTIONS
 
 __all__ = ["LoRaDConv1d", "LoRaDConv2d", "LoRaDConv3d", "lorad_conv"]
@@ -50,7 +44,7 @@ def lorad_conv(
         (batch, out, *size), in the dtype that the plain convolution would have had.
     """
     settings = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    low = _autocast_dtype(x.device.type)
+    low = autocast_dtype(x.device.type)
     if low is None or x.dtype == torch.float64:
         return _apply(x, weight, bias, A, B, settings, dtype or weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -59,7 +53,7 @@ def lorad_conv(
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, settings: Settings, dtype: Any):
     if not torch.is_grad_enabled():
-        return _convolve(x, rotate_weight(weight, lorad_angles(A, B), dtype), bias, settings)
+        return _convolve(x, turn_weight(weight, A, B, dtype), bias, settings)
     return _LoRaDConv.apply(x, weight, bias, A, B, settings, dtype)
 
 
@@ -73,7 +67,7 @@ class _LoRaDConv(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, settings: Settings, dtype: Any):
-        return _convolve(x, rotate_weight(weight, lorad_angles(A, B), dtype), bias, settings)
+        return _convolve(x, turn_weight(weight, A, B, dtype), bias, settings)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -86,17 +80,23 @@ class _LoRaDConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B, *_ = ctx.needs_input_grad
-        d_weight = d_A = d_B = None
-        with _autocast_off(grad.device.type):
-            theta = lorad_angles(A, B)
-            rotated = rotate_weight(weight, theta, _work_dtype(weight, theta))
-            source = grad.new_empty(1).expand(ctx.shape) if x is None else x
-            needs = (needs_x, x is not None, needs_bias)
-            d_x, d_rotated, d_bias = _backward(grad, source, rotated.to(grad.dtype), ctx.settings, needs)
+        d_x = d_weight = d_bias = d_A = d_B = None
+        with autocast_off(grad.device.type):
+            # One at a time: the turned weight is gone before its gradient is made. Of the operands that a gradient does
+            # not depend on, only the shapes are asked for.
+            if needs_x:
+                source, turned = grad.new_empty(1).expand(ctx.shape), turn_weight(weight, A, B, grad.dtype)
+                d_x = _backward(grad, source, turned, ctx.settings, (True, False, False))[0]
+                del turned
+            if x is not None or needs_bias:
+                shaped = grad.new_empty(1).expand(weight.shape)
+                source = grad.new_empty(1).expand(ctx.shape) if x is None else x
+                needs = (False, x is not None, needs_bias)
+                _, d_rotated, d_bias = _backward(grad, source, shaped, ctx.settings, needs)
             if needs_weight:
-                d_weight = rotate_weight(d_rotated.to(theta.dtype), -theta, weight.dtype)
+                d_weight = turn_weight(d_rotated, A, B, weight.dtype, inverse=True)
             if needs_A or needs_B:
-                d_A, d_B = factor_gradients(rotated.flatten(1), d_rotated.flatten(1), A, B, needs_A, needs_B)
+                d_A, d_B = factor_gradients(weight, d_rotated, A, B, needs_A, needs_B)
         return d_x, d_weight, d_bias, d_A, d_B, None, None
 
 
@@ -123,7 +123,16 @@ class _LoRaDConvNd(TurnedWeightLayer):
         batched, padding = _padded(batched, inner)
         weight, dtype = inner.weight, None if inner.weight.dtype.itemsize > 1 else x.dtype
         bias = inner.bias if bias else None
+        bias = bias if dtype is None or bias is None else bias.to(dtype)
         y = lorad_conv(batched, weight, bias, A, B, inner.stride, padding, inner.dilation, inner.groups, dtype)
+        return y if x.dim() == axes + 2 else y.squeeze(0)
+
+    def _times(self, x: Tensor, rotated: Tensor, bias: Tensor | None) -> Tensor:
+        inner = self.get_base_layer()
+        axes = len(inner.stride)
+        batched, padding = _padded(x if x.dim() == axes + 2 else x.unsqueeze(0), inner)
+        settings = (tuple(inner.stride), tuple(padding), tuple(inner.dilation), inner.groups)
+        y = _convolve(batched, rotated, bias, settings)
         return y if x.dim() == axes + 2 else y.squeeze(0)
 
     def _plain(self, x: Tensor) -> Tensor:

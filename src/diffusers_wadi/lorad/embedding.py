@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from diffusers_wadi.lorad.layer import LoRaDLinear, OneTensorLayer
 from diffusers_wadi.lorad.offload import onloaded
-from diffusers_wadi.lorad.rotation import lorad_linear, rotate_weight, turned_rows
+from diffusers_wadi.lorad.rotation import lorad_linear, turn_weight, turned_rows
 
 __all__ = ["LoRaDEmbedding", "LoRaDTransposedLinear"]
 
@@ -75,13 +75,16 @@ class LoRaDTransposedLinear(LoRaDLinear):
 
     adapts = (Conv1D,)
 
-    def _rotate(self, weight: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        return rotate_weight(weight.T, theta, dtype).T
+    def _turn(self, weight: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, wide: bool = False) -> Tensor:
+        return turn_weight(weight.T, A, B, dtype, wide).T
 
     def _turned(self, x: Tensor, A: Tensor, B: Tensor, bias: bool = True) -> Tensor:
         inner = self.get_base_layer()
         dtype = x.dtype if inner.weight.dtype.itemsize == 1 else None
         return lorad_linear(x, inner.weight.T, inner.bias if bias else None, A, B, dtype)
+
+    def _rotated_weight(self, names: list[str], scaling: dict[str, float], dtype: torch.dtype) -> Tensor:
+        return turn_weight(self._base_weight().T, *self._factors(names, scaling), dtype)
 
     def _plain(self, x: Tensor) -> Tensor:
         return F.linear(x, self.get_base_layer().weight.T)

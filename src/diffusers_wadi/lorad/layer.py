@@ -1,7 +1,10 @@
 """LoRaD on one layer: a wrapper that keeps the base layer frozen and turns its weight on the way through."""
 
+from __future__ import annotations
+
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -9,11 +12,15 @@ from torch import Tensor, nn
 
 from diffusers_wadi.lorad.base_layers import check_base_layer, features_of
 from diffusers_wadi.lorad.config import LoRaDConfig
+from diffusers_wadi.lorad.kernels.precision import angle_dtype, autocast_dtype
 from diffusers_wadi.lorad.merging import MergingLayer
 from diffusers_wadi.lorad.offload import is_offloaded, onloaded
 from diffusers_wadi.lorad.quantization import dequantized, is_quantized, lorad_quantized_linear
-from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear
+from diffusers_wadi.lorad.rotation import lorad_angles, lorad_linear, turn_weight
 from diffusers_wadi.lorad.targets import weight_vectors
+
+if TYPE_CHECKING:
+    from diffusers_wadi.lorad.kept_rotations import KeptRotations
 
 __all__ = ["LoRaDLayer", "LoRaDLinear", "OneTensorLayer", "TurnedWeightLayer"]
 
@@ -31,6 +38,9 @@ class LoRaDLayer(MergingLayer):
     adapter_layer_names = ("lorad_A", "lorad_B")
     other_param_names = ("r", "scaling", "merged_scaling")
     adapts: tuple[type[nn.Module], ...] = ()  # the kinds of base layer
+    cast_input_dtype_enabled = (
+        False  # PEFT's `disable_input_dtype_casting`, of diffusers' layerwise casting, asks for it
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -150,8 +160,9 @@ class LoRaDLayer(MergingLayer):
         weight = self._base_weight()
         if isinstance(inner := self.get_base_layer(), nn.Linear):
             weight = dequantized(inner)
-        theta = self.get_angles([adapter_name])
-        return self._rotate(weight, theta, theta.dtype) - weight.to(theta.dtype)
+        A, B = self._factors([adapter_name], self.scaling)
+        dtype = angle_dtype(A, B)
+        return self._turn(weight, A, B, dtype) - weight.to(dtype)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT's `convert_to_lora` applies: to Linear layers."""
@@ -224,26 +235,45 @@ class OneTensorLayer(nn.Module, LoRaDLayer):
 
 
 class TurnedWeightLayer(OneTensorLayer):
-    """A layer that multiplies its input by its weight: the weight is turned on the way."""
+    """A layer that multiplies its input by its weight: the weight is turned on the way, or kept turned by a cache."""
+
+    kept_rotations: KeptRotations | None = None
 
     def _with_adapters(self, x: Tensor, names: list[str]) -> Tensor:
-        modules = (self.get_base_layer(), self.lorad_A, self.lorad_B)
+        inner = self.get_base_layer()
+        modules = (inner, self.lorad_A, self.lorad_B)
         if is_offloaded(*modules):
             with onloaded(*modules):
-                return self._turned_output(x, names)
-        return self._turned_output(x, names)
+                return self._turned_output(x, names, inner, None)
+        # What the compiler traces is not to depend on what happens to be kept.
+        kept = None if torch.compiler.is_compiling() else self.kept_rotations
+        return self._turned_output(x, names, inner, kept)
 
-    def _turned_output(self, x: Tensor, names: list[str]) -> Tensor:
-        A, B = self._factors(names, self.scaling)
-        if self.get_base_layer() is self.base_layer:
-            return self._turned(x, A, B)
+    def _turned_output(self, x: Tensor, names: list[str], inner: nn.Module, kept: KeptRotations | None) -> Tensor:
+        if inner is self.base_layer:
+            return self._times_turned(x, names, inner, kept)
         # Over another adapter (a LoRA, say) the base output is that adapter's, and LoRaD adds the change it makes to
         # the base alone, which takes an unmerged base weight.
         for adapter in self._inner_adapters():
             if adapter.merged:
                 adapter.unmerge()
-        change = self._turned(x, A, B, bias=False) - self._plain(x)  # exactly 0 at angle 0
+        change = self._times_turned(x, names, inner, kept, bias=False) - self._plain(x)  # exactly 0 at angle 0
         return self.base_layer(x) + change
+
+    def _times_turned(
+        self, x: Tensor, names: list[str], inner: nn.Module, kept: KeptRotations | None, bias: bool = True
+    ) -> Tensor:
+        rotated = None
+        if kept is not None:
+            low = None if x.dtype == torch.float64 else autocast_dtype(x.device.type)
+            rotated = kept.rotated(self, inner, names, x.device, low or inner.weight.dtype)
+        if rotated is None:
+            return self._turned(x, *self._factors(names, self.scaling), bias)
+        vector = inner.bias if bias else None
+        if low is None:
+            return self._times(x, rotated, vector)
+        with torch.autocast(x.device.type, enabled=False):
+            return self._times(x.to(low), rotated, None if vector is None else vector.to(low))
 
     @abstractmethod
     def _turned(self, x: Tensor, A: Tensor, B: Tensor, bias: bool = True) -> Tensor:
@@ -252,6 +282,40 @@ class TurnedWeightLayer(OneTensorLayer):
     @abstractmethod
     def _plain(self, x: Tensor) -> Tensor:
         """The layer's output without adapters and without bias."""
+
+    @abstractmethod
+    def _times(self, x: Tensor, rotated: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output with this weight, as `_turned` computes it."""
+
+    def _rotated_weight(self, names: list[str], scaling: dict[str, float], dtype: torch.dtype) -> Tensor:
+        """The weight as `_times` takes it, turned by these adapters at these scales."""
+        return turn_weight(self._base_weight(), *self._factors(names, scaling), dtype)
+
+    def _turn_base(self, *args: Any) -> None:
+        self._forget_rotated()
+        super()._turn_base(*args)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove one adapter."""
+        super().delete_adapter(adapter_name)
+        self._forget_rotated()
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """As of every module; a layer in training keeps no turned weight."""
+        if mode:
+            self._forget_rotated()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """What `to`, `half` and the like run: the turned weight of other tensors is freed with them."""
+        super()._apply(fn, recurse)
+        if self.kept_rotations is not None:
+            self.kept_rotations.forget_moved(self)
+        return self
+
+    def _forget_rotated(self) -> None:
+        if self.kept_rotations is not None:
+            self.kept_rotations.forget()
 
 
 class LoRaDLinear(TurnedWeightLayer):
@@ -266,7 +330,11 @@ class LoRaDLinear(TurnedWeightLayer):
             return lorad_quantized_linear(x, inner, vector, A, B)
         # 8-bit floats are for storage: such a weight is turned in float32 and meets x in x's dtype.
         dtype = x.dtype if inner.weight.dtype.itemsize == 1 else None
+        vector = vector if dtype is None or vector is None else vector.to(dtype)
         return lorad_linear(x, inner.weight, vector, A, B, dtype)
+
+    def _times(self, x: Tensor, rotated: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, rotated, bias)
 
     def _plain(self, x: Tensor) -> Tensor:
         inner = self.get_base_layer()

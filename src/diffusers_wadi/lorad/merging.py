@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diffusers_wadi.lorad.offload import onloaded
 from diffusers_wadi.lorad.quantization import is_quantized
-from diffusers_wadi.lorad.rotation import lorad_angles, rotate_weight
+from diffusers_wadi.lorad.rotation import turn_weight
 
 __all__ = ["MergingLayer", "outer_unmerged"]
 
@@ -86,9 +86,9 @@ class MergingLayer(BaseTunerLayer):
         """The weight that the adapters of this layer turn."""
         return self.get_base_layer().weight
 
-    def _rotate(self, weight: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """`rotate_weight` for a weight as this layer stores it."""
-        return rotate_weight(weight, theta, dtype)
+    def _turn(self, weight: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype, wide: bool = False) -> Tensor:
+        """`turn_weight` for a weight as this layer stores it."""
+        return turn_weight(weight, A, B, dtype, wide)
 
     def _refuse_unmergeable(self) -> None:
         inner = self.get_base_layer()
@@ -147,10 +147,9 @@ class MergingLayer(BaseTunerLayer):
     def _rotated(self, weight: Tensor, scaling: dict[str, float], dtype: torch.dtype) -> Tensor:
         if not scaling:
             return weight.to(dtype)
-        theta = lorad_angles(*self._factors(list(scaling), scaling)).to(weight.device)
-        if weight.dtype == torch.float32 and weight.device.type != "mps":  # which has no float64
-            theta = theta.double()  # so that a turn and its opposite differ by the rounding of the result alone
-        return self._rotate(weight, theta, dtype)
+        A, B = (factor.to(weight.device) for factor in self._factors(list(scaling), scaling))
+        # Sines in float64, so that a turn and its opposite differ by the rounding of the result alone.
+        return self._turn(weight, A, B, dtype, wide=weight.dtype == torch.float32)
 
     def _was_changed(self, weight: Tensor) -> bool:
         """Whether somebody else wrote into the weight since it was merged; a change of dtype or device does not count."""

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from diffusers_wadi.lorad.base_layers import check_base_layer
+from diffusers_wadi.lorad.caching import share_cache
 from diffusers_wadi.lorad.composition import add_weighted_adapter
 from diffusers_wadi.lorad.config import LoRaDConfig
 from diffusers_wadi.lorad.conv import LoRaDConv1d, LoRaDConv2d, LoRaDConv3d
@@ -132,6 +133,7 @@ class LoRaDModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         layer_cls = next(layer for kind, layer in _LAYERS.items() if isinstance(base, kind))
         new_module = layer_cls(target, adapter_name, r, peft_config)
+        share_cache(self.model, new_module)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)

@@ -52,12 +52,13 @@ def _hooks(module: nn.Module, changed: nn.Module | None) -> list[Any]:
 
 
 def _accelerate_hook(module: nn.Module) -> Any:
-    hook = getattr(module, "_hf_hook", None)
+    # Of the object itself: a module takes long to say that it has no such attribute, and every layer asks in every call.
+    hook = vars(module).get("_hf_hook")
     return hook if getattr(hook, "offload", False) is True else None
 
 
 def _group_hook(module: nn.Module) -> Any:
-    registry = getattr(module, "_diffusers_hook", None)
+    registry = vars(module).get("_diffusers_hook")
     return None if registry is None else registry.get_hook(_GROUP_OFFLOADING)
 
 

@@ -6,16 +6,40 @@ norm of every row of `W` is kept. Pairing and shapes follow the authors' release
 
 Rotations in the same plane add their angles. Several adapters at once are therefore one adapter with concatenated
 factors, `A = [s1 * A1 | s2 * A2]` and `B = [B1 ; B2]`, and `rotate(., -Theta)` undoes `rotate(., Theta)`.
+
+`rotate` is the formula, on angles that exist. Layers call `turn_weight` and `factor_gradients`, which take the factors
+and compute the same by the means that suit device and size, see `set_rotation_backend`.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["check_pairs", "lorad_angles", "lorad_linear", "rotate", "rotate_weight", "turned_rows"]
+from diffusers_wadi.lorad.kernels.chunked import gradients_by_blocks, turn_by_blocks
+from diffusers_wadi.lorad.kernels.precision import angle_dtype, autocast_dtype, autocast_off, work_dtype
+from diffusers_wadi.lorad.kernels.selection import (
+    backend_for,
+    get_rotation_backend,
+    give_up_triton,
+    rotation_backend,
+    set_rotation_backend,
+)
+
+__all__ = [
+    "check_pairs",
+    "factor_gradients",
+    "get_rotation_backend",
+    "lorad_angles",
+    "lorad_linear",
+    "rotate",
+    "rotate_weight",
+    "rotation_backend",
+    "set_rotation_backend",
+    "turn_weight",
+    "turned_rows",
+]
 
 
 def check_pairs(in_features: int, name: str = "weight") -> None:
@@ -42,8 +66,8 @@ def lorad_angles(A: Tensor, B: Tensor, scale: float = 1.0) -> Tensor:
         B: (r, in/2).
         scale: strength of the adapter, a factor on the angle. Default 1.0.
     """
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    with _autocast_off(A.device.type):
+    dtype = angle_dtype(A, B)
+    with autocast_off(A.device.type):
         theta = A.to(dtype) @ B.to(dtype)
         return theta if scale == 1.0 else theta * scale
 
@@ -69,7 +93,7 @@ def rotate(weight: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> T
             f"Angles of shape {tuple(theta.shape)} do not fit a weight of shape {tuple(weight.shape)}: expected one "
             "angle per row and pair of columns, (out, in/2)."
         )
-    work = _work_dtype(weight, theta)
+    work = work_dtype(weight.dtype, theta.dtype)
     even, odd = weight.to(work).unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = theta.to(work).cos(), theta.to(work).sin()
     # Written column by column: on the CPU `torch.stack` along the last axis takes three times as long. In the memory
@@ -102,8 +126,123 @@ def rotate_weight(weight: Tensor, theta: Tensor, dtype: torch.dtype | None = Non
     return turned.reshape(weight.shape)
 
 
+def turn_weight(
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    dtype: torch.dtype | None = None,
+    wide: bool = False,
+    inverse: bool = False,
+) -> Tensor:
+    """`rotate_weight(weight, A @ B)` by the fastest means for device and size: the angles need not exist whole.
+
+    Differentiable by the plain formula where a gradient is to be recorded; `turned_rows` keeps less for it.
+
+    Args:
+        weight: (out, ...), n numbers per row. A: (out, r). B: (r, n // 2).
+        dtype: of the result, default that of `weight`; the cast comes last.
+        wide: take the sines and cosines in float64, as merging does. Default False.
+        inverse: turn by the opposite angles. Default False.
+
+    Returns:
+        In the shape and memory layout of `weight`.
+
+    Raises:
+        ValueError: factors that do not fit the weight, or a backend was set that cannot turn it.
+    """
+    wide = wide and weight.device.type != "mps"  # which has no float64
+    rows = weight.flatten(1)
+    _check_fit(rows, A, B)
+    backend = backend_for(weight, A, B, wide=wide)
+    if backend == "plain":
+        return _turn_plainly(weight, A, B, dtype, wide, inverse)
+    turned = torch.empty_like(rows, dtype=weight.dtype if dtype is None else dtype)
+    with autocast_off(weight.device.type):
+        if backend == "chunked":
+            turn_by_blocks(rows, A, B, turned, wide, inverse)
+        else:
+            try:
+                _triton().turn(rows, A, B, turned, inverse)
+            except Exception as error:
+                give_up_triton(error)
+                return _turn_plainly(weight, A, B, dtype, wide, inverse)
+    if rows.shape[1] % 2:
+        turned[:, -1] = rows[:, -1]
+    return turned.reshape(weight.shape)
+
+
+def factor_gradients(
+    weight: Tensor,
+    d_rotated: Tensor,
+    A: Tensor,
+    B: Tensor,
+    needs_A: bool = True,
+    needs_B: bool = True,
+    rotated: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B, in their dtypes, from that of the turned weight, which is made again piece by piece.
+
+    The derivative of a turned pair by its angle is that pair turned by a further 90 degrees.
+
+    Args:
+        weight, d_rotated: (out, ...), n numbers per row; an odd last one has no part in it. A: (out, r). B: (r, n // 2).
+        needs_A, needs_B: what to compute; None stands for the rest. Default True.
+        rotated: the turned weight, where it is at hand, for the plain formula to use. Default None.
+    """
+    rows, d_rows = weight.flatten(1), d_rotated.flatten(1)
+    _check_fit(rows, A, B)
+    with autocast_off(weight.device.type):
+        backend = backend_for(weight, A, B, d_rotated)
+        if backend == "chunked":
+            return gradients_by_blocks(rows, d_rows, A, B, needs_A, needs_B)
+        d_theta = _angle_gradient(rows, d_rows, A, B, backend, None if rotated is None else rotated.flatten(1))
+        d_A = (d_theta @ B.T.to(d_theta.dtype)).to(A.dtype) if needs_A else None
+        d_B = (A.T.to(d_theta.dtype) @ d_theta).to(B.dtype) if needs_B else None
+    return d_A, d_B
+
+
+def _turn_plainly(
+    weight: Tensor, A: Tensor, B: Tensor, dtype: torch.dtype | None, wide: bool, inverse: bool
+) -> Tensor:
+    theta = lorad_angles(A, B)
+    theta = theta.double() if wide else theta
+    return rotate_weight(weight, -theta if inverse else theta, dtype)
+
+
+def _angle_gradient(
+    rows: Tensor, d_rows: Tensor, A: Tensor, B: Tensor, backend: str, rotated: Tensor | None
+) -> Tensor:
+    """(out, in/2), in the dtype of the angles."""
+    if backend == "triton":
+        try:
+            return _triton().angle_gradient(rows, d_rows, A, B)
+        except Exception as error:
+            give_up_triton(error)
+    paired, angles = 2 * B.shape[1], angle_dtype(A, B)
+    work = work_dtype(rows.dtype, angles)
+    if rotated is None or rotated.dtype != work:
+        rotated = rotate(rows[:, :paired], lorad_angles(A, B), work)
+    even, odd = rotated[:, :paired].unflatten(-1, (-1, 2)).unbind(-1)
+    d_even, d_odd = d_rows[:, :paired].to(work).unflatten(-1, (-1, 2)).unbind(-1)
+    return (d_odd * even - d_even * odd).to(angles)
+
+
+def _triton() -> Any:
+    from diffusers_wadi.lorad.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def _check_fit(rows: Tensor, A: Tensor, B: Tensor) -> None:
+    if A.shape[0] != rows.shape[0] or A.shape[1] != B.shape[0] or B.shape[1] != rows.shape[1] // 2:
+        raise ValueError(
+            f"Factors of shapes {tuple(A.shape)} and {tuple(B.shape)} do not fit a weight of {rows.shape[0]} rows of "
+            f"{rows.shape[1]} numbers: expected A (out, r) and B (r, in/2)."
+        )
+
+
 def turned_rows(rows: Tensor, A: Tensor, B: Tensor, wide: bool = False) -> Tensor:
-    """`rotate_weight(rows, A @ B)`, keeping only the three inputs for the backward pass.
+    """`turn_weight(rows, A, B)`, keeping only the three inputs for the backward pass.
 
     Args:
         rows: (n, in). A: (n, r), the factor of these rows. B: (r, in // 2).
@@ -113,14 +252,14 @@ def turned_rows(rows: Tensor, A: Tensor, B: Tensor, wide: bool = False) -> Tenso
         (n, in), in the dtype of `rows`.
     """
     if not torch.is_grad_enabled():
-        return rotate_weight(rows, _widened(lorad_angles(A, B), wide))
+        return turn_weight(rows, A, B, wide=wide)
     return _TurnedRows.apply(rows, A, B, wide)
 
 
 class _TurnedRows(torch.autograd.Function):
     @staticmethod
     def forward(rows: Tensor, A: Tensor, B: Tensor, wide: bool) -> Tensor:
-        return rotate_weight(rows, _widened(lorad_angles(A, B), wide))
+        return turn_weight(rows, A, B, wide=wide)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -131,18 +270,12 @@ class _TurnedRows(torch.autograd.Function):
         rows, A, B = ctx.saved_tensors
         needs_rows, needs_A, needs_B, _ = ctx.needs_input_grad
         d_rows = d_A = d_B = None
-        with _autocast_off(grad.device.type):
-            theta = lorad_angles(A, B)
+        with autocast_off(grad.device.type):
             if needs_rows:
-                d_rows = rotate_weight(grad.to(theta.dtype), -theta, rows.dtype)
+                d_rows = turn_weight(grad, A, B, rows.dtype, inverse=True)
             if needs_A or needs_B:
-                turned = rotate_weight(rows, theta, _work_dtype(rows, theta))
-                d_A, d_B = factor_gradients(turned, grad, A, B, needs_A, needs_B)
+                d_A, d_B = factor_gradients(rows, grad, A, B, needs_A, needs_B)
         return d_rows, d_A, d_B, None
-
-
-def _widened(theta: Tensor, wide: bool) -> Tensor:
-    return theta.double() if wide and theta.device.type != "mps" else theta  # mps has no float64
 
 
 def lorad_linear(
@@ -161,7 +294,7 @@ def lorad_linear(
     Returns:
         (..., out), in the dtype that `F.linear(x, weight, bias)` would have had.
     """
-    low = _autocast_dtype(x.device.type)
+    low = autocast_dtype(x.device.type)
     if low is None or x.dtype == torch.float64:
         return _apply(x, weight, bias, A, B, dtype or weight.dtype)
     with torch.autocast(x.device.type, enabled=False):
@@ -173,7 +306,7 @@ class _LoRaDLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.linear(x, rotate_weight(weight, lorad_angles(A, B), dtype), bias)
+        return F.linear(x, turn_weight(weight, A, B, dtype), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -186,20 +319,19 @@ class _LoRaDLinear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B = ctx.saved_tensors
         needs_x, needs_weight, needs_bias, needs_A, needs_B, _ = ctx.needs_input_grad
-        d_x = d_weight = d_bias = d_A = d_B = None
-        with _autocast_off(grad.device.type):
-            theta = lorad_angles(A, B)
-            rotated = (
-                rotate_weight(weight, theta, _work_dtype(weight, theta)) if needs_x or needs_A or needs_B else None
-            )
+        d_x = d_weight = d_bias = d_A = d_B = rotated = None
+        with autocast_off(grad.device.type):
             if needs_x:
-                d_x = grad @ rotated.to(grad.dtype)
+                rotated = turn_weight(weight, A, B, grad.dtype)
+                d_x = grad @ rotated
+                if backend_for(weight, A, B) != "plain":
+                    rotated = None  # gone before its gradient is made: one matrix of this size at a time
             if x is not None:
                 d_rotated = _flat(grad).T @ _flat(x)  # (out, in)
             if needs_weight:
-                d_weight = rotate_weight(d_rotated.to(theta.dtype), -theta, weight.dtype)
+                d_weight = turn_weight(d_rotated, A, B, weight.dtype, inverse=True)
             if needs_A or needs_B:
-                d_A, d_B = factor_gradients(rotated, d_rotated, A, B, needs_A, needs_B)
+                d_A, d_B = factor_gradients(weight, d_rotated, A, B, needs_A, needs_B, rotated)
             if needs_bias:
                 d_bias = _flat(grad).sum(0)
         return d_x, d_weight, d_bias, d_A, d_B, None
@@ -207,50 +339,9 @@ class _LoRaDLinear(torch.autograd.Function):
 
 def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, dtype: torch.dtype) -> Tensor:
     if not torch.is_grad_enabled():
-        return F.linear(x, rotate_weight(weight, lorad_angles(A, B), dtype), bias)
+        return F.linear(x, turn_weight(weight, A, B, dtype), bias)
     return _LoRaDLinear.apply(x, weight, bias, A, B, dtype)
-
-
-def factor_gradients(
-    rotated: Tensor, d_rotated: Tensor, A: Tensor, B: Tensor, needs_A: bool, needs_B: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B from the rotated weight (out, in) and its gradient; an odd last column has no part in it."""
-    paired = 2 * B.shape[1]
-    d_theta = _angle_gradient(rotated[:, :paired], d_rotated[:, :paired].to(rotated.dtype))
-    dtype = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-    d_theta = d_theta.to(dtype)
-    d_A = (d_theta @ B.T.to(dtype)).to(A.dtype) if needs_A else None
-    d_B = (A.T.to(dtype) @ d_theta).to(B.dtype) if needs_B else None
-    return d_A, d_B
-
-
-def _angle_gradient(rotated: Tensor, d_rotated: Tensor) -> Tensor:
-    """The derivative of a turned pair by its angle is that pair turned by a further 90 degrees; (out, in/2)."""
-    even, odd = rotated.unflatten(-1, (-1, 2)).unbind(-1)
-    d_even, d_odd = d_rotated.unflatten(-1, (-1, 2)).unbind(-1)
-    return d_odd * even - d_even * odd
-
-
-def _work_dtype(weight: Tensor, theta: Tensor) -> torch.dtype:
-    if weight.dtype.itemsize == 1:  # floats of 8 bits take part in no promotion
-        return torch.promote_types(theta.dtype, torch.float32)
-    return torch.promote_types(torch.promote_types(weight.dtype, theta.dtype), torch.float32)
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype in which autocast wants matrix products on this device, None where it is off."""
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
-        return None
-    return torch.get_autocast_dtype(device_type)
-
-
-def _autocast_off(device_type: str) -> AbstractContextManager:
-    # A compiler traces the backward pass outside the surrounding autocast, but may replay it inside: be explicit there.
-    replayed = torch.compiler.is_compiling() and torch.amp.is_autocast_available(device_type)
-    if replayed or _autocast_dtype(device_type) is not None:
-        return torch.autocast(device_type, enabled=False)
-    return nullcontext()

@@ -15,7 +15,11 @@ from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_wadi.loaders import LoRaDLoaderMixin
+from diffusers_wadi.lorad.caching import lorad_cache_in_call
+from diffusers_wadi.pipelines._caching import LoRaDCacheMixin
+from diffusers_wadi.pipelines._fast_images import device_without_hooks
 from diffusers_wadi.pipelines._loading import load_pipeline, resolve_source
+from diffusers_wadi.pipelines._optimization import OptimizationMixin, as_it_was
 from diffusers_wadi.pipelines._saving import OneStepCheckpointMixin
 from diffusers_wadi.pipelines._scalecrafter import ScaleCrafterMixin
 from diffusers_wadi.schedulers import ONE_STEP_SETTINGS, check_one_step_scheduler, one_step_scheduler
@@ -23,7 +27,7 @@ from diffusers_wadi.schedulers import ONE_STEP_SETTINGS, check_one_step_schedule
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
+class OneStepMixin(OptimizationMixin, LoRaDLoaderMixin, LoRaDCacheMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
     """To be named before a stock pipeline class, whose `__call__` the subclass wraps in `_ready`."""
 
     stock_class: ClassVar[type[DiffusionPipeline]]
@@ -38,6 +42,7 @@ class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
     """Which of the results of `scheduler.step` the stock pipeline takes at one step."""
 
     _warned: frozenset[str] = frozenset()
+    _checked_scheduler: tuple = (None, None)  # what passed the check, which takes a millisecond, and its settings then
 
     @classmethod
     def from_pretrained(
@@ -102,8 +107,9 @@ class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
     def from_pipe(cls, pipeline: Any, **kwargs: Any) -> Any:
         r"""
         As [`DiffusionPipeline.from_pipe`], but in the dtype of `pipeline`, where the stock default casts the shared
-        components, and with them the source, to float32.
+        components, and with them the source, to float32. Of an optimized pipeline the new one gets the models themselves.
         """
+        pipeline = as_it_was(pipeline)
         if kwargs.get("dtype") is None and kwargs.get("torch_dtype") is None:
             kwargs["dtype"] = pipeline.dtype
         pipe = super().from_pipe(pipeline, **kwargs)
@@ -171,6 +177,7 @@ class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
             ValueError: one step of a one-step model with a scheduler that would not feed t = T-1.
         """
         steps = len(times or ()) or num_inference_steps
+        self._before_call()
         self._warn_of_unsuitable(steps, guidance_scale, has_negative)
         original = self.scheduler
         if steps != 1:
@@ -178,31 +185,47 @@ class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
         else:
             if times is None:
                 self._check_scheduler(original)
-            scheduler = self._with_own_step(original)
+            scheduler = self._with_own_step(original, times is None)
         # Exchanged, so that pipelines that share it (`from_pipe`) do not notice and an exception leaves nothing behind.
         self.scheduler = scheduler
         try:
-            yield
+            with lorad_cache_in_call(self._lorad_model()):
+                yield
         finally:
             self.scheduler = original
 
     def _check_scheduler(self, scheduler: Any) -> None:
         """Refuse one that would not do; only warn if nothing says that this pipeline is a one-step model."""
+        tables = getattr(scheduler, "alphas_cumprod", None)
+        state = (dict(scheduler.config), id(tables), getattr(tables, "_version", None))
+        if self._checked_scheduler[0] is scheduler and self._checked_scheduler[1] == state:
+            return
         try:
             check_one_step_scheduler(scheduler)
+            self._checked_scheduler = scheduler, state
         except ValueError as error:
             if self.is_one_step and (self._lorad_layers() or self._lorad_removed is not None):
                 raise
             self._warn_once("scheduler", f"This would not do for a one-step model: {error}")
 
-    def _with_own_step(self, scheduler: Any) -> Any:
+    def _with_own_step(self, scheduler: Any, at_the_end: bool) -> Any:
         """`scheduler`, or a copy of it whose `step` computes in float32 or gives x0 where the pipeline looks for it."""
-        low_precision = getattr(self, self.lorad_component).dtype in LOW_PRECISION
-        if not low_precision and self._step_index == 0:
+        weight = next(getattr(self, self.lorad_component).parameters())
+        # 8 bits are for storage alone; only then is it worth to ask diffusers, which walks through all modules.
+        dtype = weight.dtype if weight.dtype.itemsize > 1 else getattr(self, self.lorad_component).dtype
+        is_known = at_the_end and weight.device.type != "cpu" and scheduler is self._checked_scheduler[0]
+        last = _last_timestep(scheduler) if is_known else None
+        if dtype not in LOW_PRECISION and self._step_index == 0 and last is None:
             return scheduler
         ours = copy.copy(scheduler)
-        ours.step = _own_step(ours.step, low_precision, self._step_index)
+        ours.step = _own_step(ours.step, dtype in LOW_PRECISION, self._step_index, last)
         return ours
+
+    @property
+    def _execution_device(self) -> torch.device:
+        r"""As [`DiffusionPipeline._execution_device`], which searches all modules for hooks of offloading, slowly."""
+        found = device_without_hooks(part for part in vars(self).values() if isinstance(part, torch.nn.Module))
+        return super()._execution_device if found is None else found
 
     def _warn_of_unsuitable(self, steps: int, guidance_scale: float, has_negative: bool) -> None:
         off = "switch the adapter off (`pipe.disable_lora()`) for the multi-step teacher"
@@ -232,11 +255,21 @@ class OneStepMixin(LoRaDLoaderMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
 _logger = logging.get_logger(__name__)
 
 
-def _own_step(step: Callable, in_float32: bool, index: int) -> Callable:
+def _last_timestep(scheduler: Any) -> int | None:
+    """T-1, where the number alone will do for the step of a scheduler that passed the check.
+
+    DDIM reads its tables, which are on the CPU, at the timestep: one on a GPU has to be waited for, and with it all that the
+    GPU was given to do, before the decoder's work can be handed over.
+    """
+    return scheduler.config.num_train_timesteps - 1 if isinstance(scheduler, DDIMScheduler) else None
+
+
+def _own_step(step: Callable, in_float32: bool, index: int, timestep_of_all: int | None = None) -> Callable:
     # wraps: the pipeline reads the signature of `step` to see which arguments it may pass.
     @functools.wraps(step)
     def own_step(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, **kwargs: Any) -> tuple:
         dtype = model_output.dtype
+        timestep = timestep if timestep_of_all is None else timestep_of_all
         if in_float32:
             model_output, sample = model_output.float(), sample.float()
         result = step(model_output, timestep, sample, **kwargs | {"return_dict": False})

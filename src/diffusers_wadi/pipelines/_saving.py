@@ -119,11 +119,22 @@ class OneStepCheckpointMixin:
 
 def without_adapters(model: torch.nn.Module | None) -> torch.nn.Module | None:
     """The model as plain modules: itself if it has no adapters, else a copy with the active ones fused."""
-    if model is None or not any(isinstance(part, BaseTunerLayer | LoRaDAttnProcessor) for part in model.modules()):
+    if model is None or not has_adapters(model):
         return model
     plain = copy.deepcopy(model)
-    fuse_lorad_attn_processors(plain)
-    layers = [module for module in plain.modules() if isinstance(module, BaseTunerLayer)]
+    fuse_adapters(plain)
+    return plain
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether there are adapters of any kind in it, acting or not."""
+    return any(isinstance(part, BaseTunerLayer | LoRaDAttnProcessor) for part in model.modules())
+
+
+def fuse_adapters(model: torch.nn.Module) -> None:
+    """Write the active adapters into the weights and put plain modules in the places of all adapted ones."""
+    fuse_lorad_attn_processors(model)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:  # from the outside in, as a call would
         if layer.disable_adapters and layer.merged:
             layer.unmerge()
@@ -132,8 +143,7 @@ def without_adapters(model: torch.nn.Module | None) -> torch.nn.Module | None:
         if not layer.disable_adapters and not layer.merged:
             layer.merge(safe_merge=True)
     if layers:
-        unload_adapters(plain)
-    return plain
+        unload_adapters(model)
 
 
 def default_to_float32(config: Path) -> None:

@@ -97,6 +97,7 @@ class WaDiPipeline(OneStepMixin, StableDiffusionPipeline):
                 together by hand, without a LoRaD), a size that is not a multiple of 8, or
                 another argument that the stock pipeline refuses.
         """
+        self._refuse_scale(cross_attention_kwargs)
         times = sigmas if timesteps is None else timesteps
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         with self._ready(num_inference_steps, times, guidance_scale, has_negative):

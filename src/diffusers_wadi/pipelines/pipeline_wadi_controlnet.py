@@ -78,6 +78,11 @@ class WaDiControlNetPipeline(OneStepMixin, StableDiffusionControlNetPipeline):
             refuse_other_family(kwargs["unet"], nets_of(kwargs["controlnet"]))
         super().register_modules(**kwargs)
 
+    def _trial_arguments(self) -> dict[str, Any]:
+        side, nets = self.unet.config.sample_size * self.vae_scale_factor, nets_of(self.controlnet)
+        images = [torch.zeros(1, net.config.conditioning_channels, side, side) for net in nets]
+        return super()._trial_arguments() | {"image": images if len(images) > 1 else images[0]}
+
     @torch.no_grad()
     def __call__(
         self,
@@ -137,6 +142,7 @@ class WaDiControlNetPipeline(OneStepMixin, StableDiffusionControlNetPipeline):
                 that would be misread; settings that would switch the ControlNet off; a scheduler that would not feed t =
                 T-1. At any number of steps: scales that are not one for each ControlNet.
         """
+        self._refuse_scale(cross_attention_kwargs)
         times = sigmas if timesteps is None else timesteps
         has_negative = negative_prompt is not None or negative_prompt_embeds is not None
         nets = nets_of(self.controlnet)
