@@ -16,7 +16,7 @@ ROTATION_BACKENDS = ("auto", "plain", "chunked", "triton")
 VARIABLE = "WADI_ROTATION_BACKEND"
 
 # Numbers in a weight, below which the plain formula has less to do than the bookkeeping of blocks.
-_SMALLEST = 1 << 14
+_SMALLEST = 1 << 17
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _active: str | None = None
 _triton_failed = False
