@@ -41,10 +41,15 @@ def active_adapters(model: torch.nn.Module) -> list[str]:
 def refuse_copy(model: torch.nn.Module) -> None:
     """Refuse what an optimized pipeline draws with: an adapter that is put there would be lost."""
     if (owner := getattr(model, "draws_only_for", None)) is not None:
-        raise ValueError(
-            f"this model is a copy that only draws, in an optimized {owner}. Use the pipeline's own methods "
-            "(load_lorad_weights, set_adapters, save_pretrained, ...), or call pipe.unoptimize() first."
-        )
+        raise copy_refusal(owner)
+
+
+def copy_refusal(pipeline_name: str) -> ValueError:
+    """What `refuse_copy` raises."""
+    return ValueError(
+        f"this model is a copy that only draws, in an optimized {pipeline_name}. Use the pipeline's own methods "
+        "(load_lorad_weights, set_adapters, save_pretrained, ...), or call pipe.unoptimize() first."
+    )
 
 
 def add_adapter(model: torch.nn.Module, config: LoRaDConfig, name: str, low_cpu_mem_usage: bool = False) -> None:

@@ -3,8 +3,10 @@
 import copy
 import io
 import pickle
+import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -777,3 +779,39 @@ def test_the_compiler_does_not_see_it():
         torch.testing.assert_close(compiled(inputs()), y)
         weight(model).data.neg_()
         torch.testing.assert_close(compiled(inputs()), plainly(model))
+
+
+def test_disabled_or_in_training_the_memory_may_be_resized():
+    for end in (disable_lorad_cache, lambda model: layers(model)[0].train(), run_with_gradients):
+        model = toy()
+        warm(model)
+        end(model)
+        storage = layers(model)[0].get_base_layer().weight.untyped_storage()
+        size = storage.nbytes()
+        storage.resize_(2 * size)
+        layers(model)[0].get_base_layer().weight.data.fill_(0.5)  # which fails for a storage that is watched over
+
+
+def run_with_gradients(model):
+    with torch.enable_grad():
+        model(inputs())
+
+
+NEW_SWITCHES = """
+import sys
+sys.path[:0] = {folders!r}
+import torch
+from test_caching import cache_of, inputs, toy, warm
+model = toy()
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+warm(model)
+assert cache_of(model).nbytes > 0
+"""
+
+
+def test_with_the_newer_switches_of_precision():
+    here = Path(__file__).parent
+    program = NEW_SWITCHES.format(folders=[str(here), str(here.parent)])
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,7 @@
 import copy
 import filecmp
 import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from backbones import fill_adapter
 from conftest import add_random_adapter
 from diffusers import AutoencoderTiny, ControlNetModel, DiffusionPipeline, StableDiffusionPipeline
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 from diffusers.utils import logging
 from peft import LoraConfig
@@ -665,3 +667,85 @@ def test_the_device_is_found_without_a_search_unless_something_is_offloaded(pipe
     assert device_without_hooks([*models, torch.nn.Linear(1, 1, device="meta")]) is None
     OFFLOADS["leaves"](pipe, tmp_path)
     assert device_without_hooks(models) is None and pipe._execution_device == torch.device("cpu")
+
+
+class Styled(WaDiPipeline):
+    style = ""
+
+    def encode_prompt(self, prompt, *args, **kwargs):
+        return super().encode_prompt(prompt + self.style, *args, **kwargs)
+
+
+def test_what_a_subclass_does_to_prompts_is_not_cached(pipe, encoded):
+    mine = Styled(**pipe.unoptimize().components).optimize()
+    plain = draw(mine, "red")
+    mine.style = " blue"
+    assert not np.array_equal(draw(mine, "red"), plain)
+    mine.style = ""
+    count = len(encoded)
+    assert np.array_equal(draw(mine, "red"), plain) and len(encoded) == count
+
+
+def test_copies_are_freed_without_the_collector(pipe):
+    gc.collect()
+    gc.disable()
+    try:
+        gone = []
+        pipe.optimize()
+        for strength in (0.5, 0.7):
+            gone += [weakref.ref(pipe.unet), weakref.ref(pipe.vae)]
+            pipe.set_adapters(pipe.get_active_adapters(), strength)
+        gone += [weakref.ref(pipe.unet), weakref.ref(pipe.vae)]
+        pipe.unoptimize()
+        assert not any(reference() for reference in gone)
+    finally:
+        gc.enable()
+
+
+class Marking(VaeImageProcessor):
+    def postprocess(self, *args, **kwargs):
+        images = super().postprocess(*args, **kwargs)
+        for image in images:
+            image.info["mark"] = "mine"
+        return images
+
+
+def test_another_image_processor_does_what_it_did(pipe):
+    usual = pipe.image_processor
+    pipe.image_processor = Marking(vae_scale_factor=pipe.vae_scale_factor)
+    assert draw(pipe.optimize(), output_type="pil")[0].info == {"mark": "mine"}
+    pipe.unoptimize()
+    pipe.image_processor = usual
+    usual.postprocess = own = lambda *args, **kwargs: "mine"
+    assert draw(pipe.optimize(), output_type="pil") == "mine"
+    assert pipe.unoptimize().image_processor.postprocess is own
+
+
+def test_tiling_and_slicing_are_carried_over(pipe):
+    pipe.optimize()
+    pipe.vae.enable_tiling()
+    pipe.set_adapters(pipe.get_active_adapters(), 0.5)
+    assert pipe.vae.use_tiling and not pipe.vae.use_slicing
+    assert pipe.unoptimize().vae.use_tiling
+
+
+def test_another_dtype_is_drawn_in(pipe):
+    pipe.optimize(dtype=torch.bfloat16)
+    pipe.to(torch.float16)
+    assert pipe.dtype == torch.float16 == pipe.unoptimize().dtype
+
+
+@pytest.mark.parametrize(
+    "change", [lambda pipe: setattr(pipe.tokenizer, "pad_token", "red"), lambda pipe: hooked(pipe)]
+)
+def test_another_padding_or_a_hook_is_noticed(pipe, encoded, change):
+    pipe.optimize()
+    draw(pipe)
+    count = len(encoded)
+    change(pipe)
+    draw(pipe)
+    assert len(encoded) > count
+
+
+def hooked(pipe):
+    pipe.text_encoder.register_forward_hook(lambda *args: None)

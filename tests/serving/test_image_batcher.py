@@ -1,11 +1,13 @@
 """Which requests are drawn together, in which order, and what becomes of errors: with a pipeline that tests hold back."""
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import os
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 
 import pytest
@@ -369,3 +371,72 @@ def test_a_forked_process_has_threads_of_its_own(used):
     assert process.exitcode == 0
     assert shows(result(batcher.submit("p9", 9)), "p9", 9)
     batcher.close()
+
+
+def test_fewer_images_than_prompts_reach_everybody_as_an_error():
+    pipe, batcher = held()
+    futures = [batcher.submit(f"p{i}", i) for i in (1, 2)]
+    real = pipe.__class__.__call__
+
+    def one_less(self, *args, **kwargs):
+        found = real(self, *args, **kwargs)
+        found.images = found.images[:-1]
+        return found
+
+    pipe.__class__ = type("OneLess", (FakePipeline,), {"__call__": one_less})
+    let_go(pipe, batcher)
+    for future in futures:
+        with pytest.raises(RuntimeError, match="1 images for 2 prompts"):
+            result(future)
+
+
+def leave(_):
+    raise SystemExit(1)
+
+
+def test_a_callback_that_leaves_takes_nobody_with_it(caplog):
+    pipe, batcher = held()
+    futures = [batcher.submit(f"p{i}", i) for i in (1, 2)]
+    futures[0].add_done_callback(leave)
+    job = batcher.run(lambda: "done")
+    job.add_done_callback(leave)
+    last = batcher.submit("p3", 3)
+    let_go(pipe, batcher)
+    assert shows(result(futures[1]), "p2", 2) and result(job) == "done" and shows(result(last), "p3", 3)
+
+
+def test_an_error_keeps_nothing_of_the_attempt_alive():
+    class Large:
+        pass
+
+    seen = []
+
+    def fail(prompts):
+        computed = Large()
+        seen.append(weakref.ref(computed))
+        raise ValueError("no")
+
+    pipe = FakePipeline()
+    pipe.fail = fail
+    gc.disable()
+    try:
+        with ImageBatcher(pipe) as batcher:
+            futures = [batcher.submit("p1", 1), batcher.run(fail, ["p2"])]
+            assert all("no" in str(future.exception(PATIENCE)) for future in futures)
+        assert len(seen) == 2 and not any(reference() for reference in seen)
+    finally:
+        gc.enable()
+
+
+def test_what_nobody_can_join_does_not_wait():
+    pipe = FakePipeline()
+    with ImageBatcher(pipe, max_wait=FOREVER) as batcher:
+        assert result(batcher.run(lambda: 1)) == 1
+
+
+def test_tensors_of_one_size_are_drawn_together():
+    pipe, batcher = held()
+    futures = [batcher.submit(f"p{i}", i, image=torch.zeros(3, 8, 8)) for i in (1, 2)]
+    other = batcher.submit("p3", 3, image=torch.zeros(3, 8, 16))
+    assert [len(call) for call in let_go(pipe, batcher)] == [2, 1]
+    assert all(result(future) for future in (*futures, other))

@@ -52,6 +52,9 @@ def enable_lorad_cache(model: nn.Module, max_memory: int | str = DEFAULT_CACHE_M
 
 def disable_lorad_cache(model: nn.Module) -> None:
     """Turn the weights of unfused adapters in every call again, and free those that were kept."""
+    for module in _unwrapped(model).modules():
+        if isinstance(module, TurnedWeightLayer) and module.kept_rotations is not None:
+            module.kept_rotations.forget(module)
     _configure(model, 0, calls_only=False)
 
 

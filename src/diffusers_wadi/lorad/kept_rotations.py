@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, get_float32_matmul_precision, nn
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from diffusers_wadi.lorad.rotation import get_rotation_backend
-from diffusers_wadi.lorad.watching import Watch, places, watch
+from diffusers_wadi.lorad.watching import Watch, places, release, watch
 
 if TYPE_CHECKING:
     from diffusers_wadi.lorad.layer import TurnedWeightLayer
@@ -95,8 +95,8 @@ class RotationCache:
             others = self._to_free(rotated.nbytes, value, since)
             if others is not None:
                 for other in others:
-                    other.rotated, other.watches = None, []
-                entry.value, entry.watches, entry.rotated = value, watches, rotated
+                    other.kept = None
+                entry.value, entry.kept = value, (rotated, watches)
 
     def _to_free(self, size: int, value: float, since: int) -> list[Entry] | None:
         """What has to go to make room; None where that is not enough or worth more."""
@@ -124,13 +124,12 @@ class Entry:
         self.storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors]  # see `places`
         self.wait = 0
         self.value = 0.0
-        self.watches: list[Watch] = []
-        self.rotated: Tensor | None = None
+        self.kept: tuple[Tensor, list[Watch]] | None = None  # in one, since threads read it without a lock
 
     @property
     def nbytes(self) -> int:
-        rotated = self.rotated
-        return 0 if rotated is None else rotated.nbytes
+        kept = self.kept
+        return 0 if kept is None else kept[0].nbytes
 
 
 class KeptRotations:
@@ -139,16 +138,19 @@ class KeptRotations:
     def __init__(self, cache: RotationCache) -> None:
         self.cache = cache
         self.entries: dict[tuple, Entry] = {}  # by adapters, dtype, device and stream
-        cache._layers.add(self)
+        with cache._lock:
+            cache._layers.add(self)
 
     def __reduce__(self) -> tuple:
         return KeptRotations, (self.cache,)
 
-    def forget(self) -> None:
-        """Free what is kept of this layer."""
+    def forget(self, layer: TurnedWeightLayer) -> None:
+        """Free what is kept of this layer, and watch over its tensors no more."""
         if self.entries:
             with self.cache._lock:
                 self.entries.clear()
+            for tensor in _tensors(layer, layer.get_base_layer(), list(layer.lorad_A)):
+                release(tensor)
 
     def forget_moved(self, layer: TurnedWeightLayer) -> None:
         """Free what was made of tensors that this layer no longer has."""
@@ -168,7 +170,7 @@ class KeptRotations:
             device: of the input that it is to meet. dtype: in which it meets it.
         """
         if torch.is_grad_enabled() or inner.training:
-            self.forget()
+            self.forget(layer)
             return None
         if not self.cache.serves() or type(inner.weight) not in _PLAIN or _is_traced():
             return None
@@ -178,10 +180,11 @@ class KeptRotations:
         if entry is None or entry.state != state:
             return self._notice(key, state, tensors, device)
         last, entry.used = entry.used, next(self.cache._clock)
-        if (kept := entry.rotated) is None:
+        if (kept := entry.kept) is None:
             return self._keep(layer, key, entry, tensors, last)
-        if all([each.holds(tensor) for each, tensor in zip(entry.watches, tensors)]):
-            return kept
+        rotated, watches = kept
+        if all([each.holds(tensor) for each, tensor in zip(watches, tensors)]):
+            return rotated
         return self._notice(key, state, tensors, device)
 
     def _notice(self, key: tuple, state: tuple, tensors: list[Tensor], device: torch.device) -> None:
@@ -236,7 +239,12 @@ def _tensors(layer: TurnedWeightLayer, inner: nn.Module, names: list[str]) -> li
 def _state(layer: TurnedWeightLayer, names: list[str], tensors: list[Tensor]) -> tuple:
     """All but the numbers of the tensors that a turned weight depends on."""
     scales = [layer.scaling[name] for name in names]
-    return scales, places(tensors), get_rotation_backend(), get_float32_matmul_precision()
+    return scales, places(tensors), get_rotation_backend(), _matmul_precision()
+
+
+def _matmul_precision() -> tuple[str, ...]:
+    # `torch.get_float32_matmul_precision` refuses to answer once these have been set.
+    return torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
 
 
 def _versions(tensors: list[Tensor]) -> list[int]:

@@ -315,7 +315,7 @@ class TurnedWeightLayer(OneTensorLayer):
 
     def _forget_rotated(self) -> None:
         if self.kept_rotations is not None:
-            self.kept_rotations.forget()
+            self.kept_rotations.forget(self)
 
 
 class LoRaDLinear(TurnedWeightLayer):

@@ -145,7 +145,7 @@ def turn_weight(
         inverse: turn by the opposite angles. Default False.
 
     Returns:
-        In the shape and memory layout of `weight`.
+        In the shape of `weight` and the memory layout of `weight.flatten(1)`.
 
     Raises:
         ValueError: factors that do not fit the weight, or a backend was set that cannot turn it.

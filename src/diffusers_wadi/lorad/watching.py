@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Place", "Watch", "places", "watch"]
+__all__ = ["Place", "Watch", "places", "release", "watch"]
 
 Place = tuple
 """What a tensor is but for its numbers: address of the storage's record, offset, shape, strides, dtype."""
@@ -57,6 +57,12 @@ def watch(tensor: Tensor) -> Watch | None:
     if mark is not None:
         return _Marked(mark, mark.since)
     return _Summed(_checksum(tensor)) if tensor.device.type == "cpu" else None
+
+
+def release(tensor: Tensor) -> None:
+    """Take the mark away: the storage of a tensor that has it cannot be resized."""
+    if hasattr(torch._C, "_is_cow_tensor") and torch._C._is_cow_tensor(tensor):
+        tensor.data_ptr()  # which counts as a write
 
 
 class _Mark:

@@ -17,7 +17,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from diffusers_wadi._adapter_ops import refuse_copy
+from diffusers_wadi._adapter_ops import copy_refusal
 from diffusers_wadi.lorad.attention_processor import LoRaDAttnProcessor
 from diffusers_wadi.lorad.layer import LoRaDLayer
 from diffusers_wadi.pipelines._saving import fuse_adapters, has_adapters
@@ -174,8 +174,17 @@ def refuse_what_would_be_lost(model: nn.Module, pipeline_name: str) -> None:
     model.draws_only_for = pipeline_name
     for name in (*ADAPTER_METHODS, *FILE_METHODS):
         if hasattr(model, name):
-            setattr(model, name, functools.partial(_refuse, model))
+            setattr(
+                model, name, functools.partial(_refuse, pipeline_name)
+            )  # and not the model, which it would keep alive
 
 
-def _refuse(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-    refuse_copy(model)
+def _refuse(pipeline_name: str, *args: Any, **kwargs: Any) -> None:
+    raise copy_refusal(pipeline_name)
+
+
+def carry_settings(source: nn.Module, target: nn.Module) -> None:
+    """What a user has switched on a decoder: slicing and tiling."""
+    for name in ("use_slicing", "use_tiling"):
+        if hasattr(source, name) and hasattr(target, name):
+            setattr(target, name, getattr(source, name))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import nn
 
@@ -26,7 +27,18 @@ class NoBar:
 
 def with_fast_images(processor: Any) -> None:
     """Have this image processor round PIL images to bytes where they are: a quarter of the data leaves the device."""
-    processor.postprocess = functools.partial(_postprocess, processor)
+    # A user's own processor does what it does.
+    names = ("postprocess", "denormalize", "pt_to_numpy", "numpy_to_pil")
+    ours = all(getattr(type(processor), name, None) is getattr(VaeImageProcessor, name) for name in names)
+    if ours and not vars(processor).keys() & set(names):
+        processor.postprocess = functools.partial(_postprocess, processor)
+
+
+def without_fast_images(processor: Any) -> None:
+    """Undo `with_fast_images`."""
+    own = getattr(processor, "__dict__", {}).get("postprocess")
+    if getattr(own, "func", None) is _postprocess:
+        del processor.postprocess
 
 
 def _postprocess(
@@ -39,10 +51,12 @@ def _postprocess(
     return [Image.fromarray(array) for array in pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()]
 
 
-def device_without_hooks(models: Iterable[nn.Module]) -> torch.device | None:
-    """Where models are, None if one is offloaded or of no device; a tenth of the time of diffusers' own search."""
+def device_without_hooks(parts: Iterable[Any]) -> torch.device | None:
+    """Where the models among these are, None if one is offloaded or of no device; a tenth of the time of diffusers' own search."""
     devices = []
-    for model in models:
+    for model in parts:
+        if not isinstance(model, nn.Module):
+            continue
         stack = [model]
         while stack:
             module = stack.pop()

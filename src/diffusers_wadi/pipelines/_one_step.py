@@ -224,7 +224,7 @@ class OneStepMixin(OptimizationMixin, LoRaDLoaderMixin, LoRaDCacheMixin, OneStep
     @property
     def _execution_device(self) -> torch.device:
         r"""As [`DiffusionPipeline._execution_device`], which searches all modules for hooks of offloading, slowly."""
-        found = device_without_hooks(part for part in vars(self).values() if isinstance(part, torch.nn.Module))
+        found = device_without_hooks(vars(self).get(name) for name in self.config)
         return super()._execution_device if found is None else found
 
     def _warn_of_unsuitable(self, steps: int, guidance_scale: float, has_negative: bool) -> None:

@@ -18,7 +18,7 @@ from diffusers.utils import logging
 
 from diffusers_wadi._offloading import pause_offloading
 from diffusers_wadi.pipelines import _fast_copies as fast
-from diffusers_wadi.pipelines._fast_images import NoBar
+from diffusers_wadi.pipelines._fast_images import NoBar, without_fast_images
 from diffusers_wadi.pipelines._optimization_steps import (
     OptimizationReport,
     compile_or_say_why,
@@ -64,7 +64,11 @@ class OptimizationMixin:
         for names, wrap in ((READING, _reading), (CHANGING, _changing), (["encode_prompt"], _remembering)):
             for name in names:
                 method = getattr(cls, name, None)
-                if method is not None and not hasattr(method, "knows_optimization"):
+                # What a subclass puts before a cached `encode_prompt` may depend on more than its arguments.
+                again = wrap is _remembering and any(
+                    hasattr(vars(base).get(name), "knows_optimization") for base in cls.__mro__[1:]
+                )
+                if method is not None and not again and not hasattr(method, "knows_optimization"):
                     setattr(cls, name, wrap(name, method))
                     getattr(cls, name).knows_optimization = True
 
@@ -144,8 +148,9 @@ class OptimizationMixin:
         self._refuse_without_originals("unoptimize")
         self._optimization = None
         with self._whole():
-            vars(getattr(self, "image_processor", None) or self).pop("postprocess", None)
+            without_fast_images(getattr(self, "image_processor", None))
             for name, model in self._replaced(state):
+                fast.carry_settings(getattr(self, name), model)
                 device = device_of(getattr(self, name))
                 setattr(self, name, model if device is None else model.to(device))
         return self
@@ -233,12 +238,16 @@ class OptimizationMixin:
                 model.to("cpu")
         elif keep_original is False:
             self._optimization.originals = {}
+            self._optimization.settings["vae"] = None  # of which there is a copy
             if self.is_one_step != was_one_step:  # its adapter was off, and is not there any more
                 self._lorad_removed = True
 
     def _refuse_scale(self, cross_attention_kwargs: Mapping[str, Any] | None) -> None:
         """Refuse a factor on adapters for one call where they are in the weights."""
-        if self._optimization is None or "fuse" not in self._optimization.report.done:
+        state = self._optimization
+        if state is None or "fuse" not in state.report.done:
+            return
+        if getattr(self, self.lorad_component) is not state.copies.get(self.lorad_component):
             return
         scale = (cross_attention_kwargs or {}).get("scale", 1.0)
         if scale != 1.0:
@@ -311,6 +320,9 @@ def _changing(name: str, method: Callable) -> Callable:
             return method(self, *args, **kwargs)
         self._refuse_without_originals(name)
         self.unoptimize()
+        asked = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+        if name == "to" and asked:
+            state.settings["dtype"] = asked[-1]
         try:
             return method(self, *args, **kwargs)
         finally:

@@ -75,6 +75,7 @@ def _copy_of(
     if name == "vae" and settings["vae"] is not None:
         report.done["vae"] = type(settings["vae"]).__name__
         copied = fast.fast_copy(settings["vae"]).eval().to(device_of(model))
+        fast.carry_settings(model, copied)
         dtype = dtype or model.dtype
     else:
         copied = _fused_copy(model, settings, report) if name == pipe.lorad_component else fast.fast_copy(model)

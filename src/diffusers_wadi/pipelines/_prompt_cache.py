@@ -67,6 +67,7 @@ class PromptCache:
 
     def _clear_if_changed(self, encoder: nn.Module, tokenizer: Any) -> None:
         state: list = [id(tokenizer), len(tokenizer), tokenizer.model_max_length]
+        state += [getattr(tokenizer, name, None) for name in ("pad_token", "padding_side", "truncation_side")]
         seen: list = [tokenizer]
         _read_state(encoder, state, seen)
         if state != self._state:
@@ -77,8 +78,8 @@ class PromptCache:
         size = _bytes(result)
         if size > self._limit:
             return
+        self.bytes += size - _bytes(self._entries.get(key, ()))
         self._entries[key] = _copied(result)
-        self.bytes += size
         while self.bytes > self._limit:
             self.bytes -= _bytes(self._entries.popitem(last=False)[1])
 
@@ -93,6 +94,8 @@ def _read_state(model: nn.Module, state: list, seen: list) -> None:
                 if tensor is not None:
                     seen.append(tensor)
                     state.append((id(tensor), 0 if tensor.is_inference() else tensor._version, tensor.dtype))
+        if module._forward_hooks or module._forward_pre_hooks:
+            state.append(object())  # which may do anything: equal to nothing
         if isinstance(module, BaseTunerLayer):
             scaling = dict(getattr(module, "scaling", {}))
             state.append(

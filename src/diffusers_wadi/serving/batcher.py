@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from diffusers_wadi.serving.statistics import BatcherStatistics
-from diffusers_wadi.serving.waiting import Waiting, WaitingRoom
+from diffusers_wadi.serving.waiting import Alone, Waiting, WaitingRoom
 from diffusers_wadi.serving.worker import ImageFuture, ImageRequest, Worker
 
 __all__ = ["ImageBatcher", "ImageFuture"]
@@ -97,7 +97,7 @@ class ImageBatcher:
             raise ValueError(f"seed is {seed}; expected {LOWEST_SEED} to {HIGHEST_SEED}")
         self._refuse_unsuitable(settings)
         own = {name: settings.pop(name) for name in OF_EACH_IMAGE if settings.get(name) is not None}
-        key = (_frozen(settings), tuple((name, getattr(value, "size", None)) for name, value in own.items()))
+        key = (_frozen(settings), tuple((name, _size(value)) for name, value in own.items()))
         future = ImageFuture()
         self._room().put(Waiting(key, future, ImageRequest(prompt, seed, own, settings)))
         return future
@@ -116,7 +116,7 @@ class ImageBatcher:
             QueueFullError, RuntimeError: as `submit`.
         """
         future: Future = Future()
-        self._room().put(Waiting(object(), future, (function, args)))  # whose key nobody else has
+        self._room().put(Waiting(Alone(), future, (function, args)))
         return future
 
     def statistics(self) -> BatcherStatistics:
@@ -153,6 +153,12 @@ class ImageBatcher:
                 raise TypeError(f"{name} is set by the batcher; leave it out")
             if name not in self._known or self._known[name].kind is inspect.Parameter.VAR_KEYWORD:
                 raise TypeError(f"{type(self.pipe).__name__} takes no {name!r}; expected an argument of its call")
+
+
+def _size(value: Any) -> tuple | None:
+    """Of a picture, as PIL, NumPy or torch have it; None for what has none."""
+    size = getattr(value, "shape", getattr(value, "size", None))
+    return None if size is None else tuple(size)
 
 
 def _frozen(value: Any, name: str = "settings") -> Hashable:

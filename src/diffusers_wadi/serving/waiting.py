@@ -9,11 +9,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["QueueFullError", "Waiting", "WaitingRoom"]
+__all__ = ["Alone", "QueueFullError", "Waiting", "WaitingRoom"]
 
 
 class QueueFullError(RuntimeError):
     """As many requests wait as may; the sender is to come again later."""
+
+
+class Alone:
+    """Key of a request that nobody can join."""
 
 
 @dataclass(eq=False)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import atexit
 import os
 import threading
+import traceback
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +18,13 @@ from PIL import Image
 
 from diffusers_wadi.serving.pixels import PendingImages, start_drawing
 from diffusers_wadi.serving.statistics import Tally
-from diffusers_wadi.serving.waiting import Waiting, WaitingRoom
+from diffusers_wadi.serving.waiting import Alone, Waiting, WaitingRoom
 
 __all__ = ["ImageFuture", "ImageRequest", "Worker"]
 
 NAME = "image-batcher"
 IN_FLIGHT = 2  # batches whose pixels are not all images yet: one on the device, one behind it
-FINISHERS = 2  # threads that make images: of 512 pixels one makes some hundreds in a second
+FINISHERS = 2  # threads that make images
 _logger = logging.get_logger(__name__)
 _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
@@ -99,16 +100,16 @@ class Worker:
         self._finishers.shutdown()
 
     def _limit(self, key: Hashable) -> int:
-        return self._smaller.get(key, self._max_batch_size)
+        return 1 if isinstance(key, Alone) else self._smaller.get(key, self._max_batch_size)
 
     def _run(self, job: Waiting) -> None:
         function, args = job.content
         try:
             result = function(*args)
         except BaseException as error:
-            job.future.set_exception(error)
+            _settle(job.future.set_exception, _without_frames(error))
         else:
-            job.future.set_result(result)
+            _settle(job.future.set_result, result)
 
     def _draw(self, batch: list[Waiting], started: float) -> None:
         self._in_flight.acquire()
@@ -143,6 +144,7 @@ class Worker:
     def _parts(self, batch: list[Waiting], error: BaseException) -> list[list[Waiting]]:
         if not _is_out_of_memory(error):
             return [[request] for request in batch]
+        traceback.clear_frames(error.__traceback__)  # which hold what was computed
         half = len(batch) // 2
         self._smaller[batch[0].key] = half
         _logger.warning(f"{len(batch)} images at once ran out of memory; from now on at most {half} of these settings")
@@ -153,20 +155,39 @@ class Worker:
     def _finish(self, batch: list[Waiting], pending: PendingImages, started: float) -> None:
         try:
             pixels, _ = pending.wait()
+            if len(pixels) != len(batch):
+                raise RuntimeError(f"the pipeline gave {len(pixels)} images for {len(batch)} prompts")
+            images = [Image.fromarray(image) for image in pixels]
             seconds = self.tally.drawn(len(batch), started) / len(batch)
         except BaseException as error:
             self._fail(batch, error)
             return
         finally:
             self._in_flight.release()
-        for request, image in zip(batch, pixels):
+        for request, image in zip(batch, images):
             request.future.seconds, request.future.batch_size = seconds, len(batch)
-            request.future.set_result(Image.fromarray(image))
+            _settle(request.future.set_result, image)
 
     def _fail(self, batch: list[Waiting], error: BaseException) -> None:
+        error = _without_frames(error)
         for request in batch:
             self.tally.failure()
-            request.future.set_exception(error)
+            _settle(request.future.set_exception, error)
+
+
+def _settle(settle: Callable[[Any], None], value: Any) -> None:
+    """Give a future what it promised. Its callbacks run in here, and must not end the thread that others wait for."""
+    try:
+        settle(value)
+    except BaseException as error:  # such as SystemExit; of an Exception the future itself takes care
+        _logger.error(f"a callback of a request raised {type(error).__name__}: {error}")
+
+
+def _without_frames(error: BaseException) -> BaseException:
+    """The error without the variables of the frames it came through: what was computed, and the futures themselves."""
+    trace = error.__traceback__
+    traceback.clear_frames(trace)
+    return error.with_traceback(None if trace is None else trace.tb_next)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

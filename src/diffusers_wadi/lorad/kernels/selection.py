@@ -28,9 +28,9 @@ def set_rotation_backend(backend: str) -> None:
     Every way gives the same numbers up to rounding. The environment variable WADI_ROTATION_BACKEND sets it from outside.
 
     Args:
-        backend: "auto", the default, takes the fastest for the tensors of a call: "chunked" on a CPU, "triton" on CUDA
-            where Triton is installed, else "plain". "plain" is the formula in torch operations; so are always
-            computed second derivatives, what `torch.compile` traces, meta tensors and tensor subclasses. "chunked"
+        backend: "auto", the default, takes the fastest for the tensors of a call: "chunked" for large weights on a
+            CPU, "triton" on CUDA where Triton is installed, else "plain". "plain" is the formula in torch operations, and
+            what second derivatives, `torch.compile`, meta tensors and tensor subclasses get in any case. "chunked"
             goes by blocks of rows with little memory. "triton" is one kernel, for float32 factors and weights of
             float32, float16 or bfloat16 on CUDA.
 
