@@ -2,7 +2,7 @@
 """Peak memory of loading a pipeline and of drawing with it, for stock diffusers and for `optimize()` in its variants.
 
     python benchmarks/memory.py --threads 1 --output_dir benchmarks/results
-    python benchmarks/memory.py --size sd15 --work_dir /tmp/sd15 --output_dir benchmarks/results      # a GPU
+    python benchmarks/memory.py --size sd15 --work_dir sd15 --output_dir benchmarks/results      # a GPU
 
 Every row is measured in processes of its own, `--repeats` times, and is the median. On a GPU: what torch had allocated at
 most. On a CPU: resident memory of the process that is its own or of a mapped file of weights, above that of the same process

@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging
 from hub_server import hub  # noqa: F401  (the fixture)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -80,6 +80,12 @@ def tiny_text_encoder(vocabulary_size, hidden_size=16):
         pad_token_id=vocabulary_size - 1,
     )
     return CLIPTextModel(config).eval()
+
+
+@pytest.fixture
+def without_bars(monkeypatch):
+    """Pipelines show no progress."""
+    monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
 
 
 @pytest.fixture(autouse=True)

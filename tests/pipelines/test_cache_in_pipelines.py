@@ -4,7 +4,7 @@ import accelerate
 import pytest
 import torch
 from conftest import TARGETS, add_random_adapter, tiny_unet
-from diffusers import ControlNetModel, DiffusionPipeline
+from diffusers import ControlNetModel
 from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from tiny_pixart import pixart_pipeline
@@ -14,10 +14,7 @@ from diffusers_wadi.loaders import lorad_layers
 from diffusers_wadi.lorad import LoRaDConfig
 from diffusers_wadi.lorad.caching import _cache_of
 
-
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 @pytest.fixture

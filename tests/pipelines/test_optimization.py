@@ -36,9 +36,7 @@ from diffusers_wadi.pipelines._fast_images import device_without_hooks
 HALVES = (torch.float16, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 @pytest.fixture
@@ -661,10 +659,14 @@ def test_a_scheduler_is_checked_once_for_as_long_as_it_stays(pipe, monkeypatch):
         draw(pipe)
 
 
-def test_the_device_is_found_without_a_search_unless_something_is_offloaded(pipe, tmp_path):
+def test_the_device_is_found_without_a_search_unless_something_is_offloaded(pipe, tmp_path, monkeypatch):
     models = [pipe.unet, pipe.vae, pipe.text_encoder]
     assert device_without_hooks(models) == torch.device("cpu")
     assert device_without_hooks([*models, torch.nn.Linear(1, 1, device="meta")]) is None
+    pipe.scorer = torch.nn.Linear(1, 1, device="meta")  # of the user, and no component
+    with monkeypatch.context() as without:
+        without.setattr(DiffusionPipeline, "_execution_device", None)
+        assert pipe._execution_device == torch.device("cpu")
     OFFLOADS["leaves"](pipe, tmp_path)
     assert device_without_hooks(models) is None and pipe._execution_device == torch.device("cpu")
 
@@ -749,3 +751,21 @@ def test_another_padding_or_a_hook_is_noticed(pipe, encoded, change):
 
 def hooked(pipe):
     pipe.text_encoder.register_forward_hook(lambda *args: None)
+
+
+def test_a_scale_for_one_call_is_taken_by_another_denoiser(pipe):
+    pipe.optimize()
+    scaled = {"cross_attention_kwargs": {"scale": 0.5}}
+    with pytest.raises(ValueError, match="set_adapters"):
+        draw(pipe, **scaled)
+    pipe.unet = copy.deepcopy(pipe._original("unet"))
+    assert not np.array_equal(draw(pipe, **scaled), draw(pipe))
+
+
+def test_a_decoder_that_was_given_is_given_up_with_the_rest(pipe):
+    decoder = tiny_decoder()
+    gone = weakref.ref(decoder)
+    pipe.optimize(vae=decoder, keep_original=False)
+    del decoder
+    gc.collect()
+    assert gone() is None and draw(pipe).shape[0] == 1

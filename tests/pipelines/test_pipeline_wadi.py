@@ -24,9 +24,7 @@ from diffusers_wadi import WaDiPipeline, one_step_scheduler
 LEADING = DDIMScheduler(**SD_BETAS, clip_sample=False)
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(StableDiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
-from diffusers.utils import logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_pixart import pixart_pipeline
@@ -29,17 +28,7 @@ from diffusers_wadi.pipelines._control import nets_of
 LEADING = DDIMScheduler(**SD_BETAS, clip_sample=False)
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
-
-
-@pytest.fixture
-def said(monkeypatch):
-    """The warnings that the pipeline logs."""
-    messages = []
-    monkeypatch.setattr(logging.get_logger("diffusers_wadi.pipelines._one_step"), "warning", messages.append)
-    return messages
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 def make_controlnet(unet, seed=3, size=0.5):

@@ -34,9 +34,7 @@ from diffusers_wadi.loaders import lorad_layers
 AUTHORS = "rotated_transformer.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def quiet(monkeypatch):
-    monkeypatch.setattr(DiffusionPipeline, "_progress_bar_config", {"disable": True}, raising=False)
+pytestmark = pytest.mark.usefixtures("without_bars")
 
 
 @pytest.fixture(scope="module")
