@@ -8,8 +8,11 @@
 One run is one line of the grid: flags of `training/train_wadi.py`, of which only those of the named factor differ from the
 others of its table (and the learning rate that was chosen for it). Teacher, captions and their order, noise, budget and
 evaluation are the same in all. A run that was stopped goes on from its last checkpoint. RUN.json gets the command, seed,
-commit, machine, the curve of errors over updates and seconds, and at the end, on held-out captions: attributes and whole
-captions right, Fréchet distance, and what training did to the weights (`diffusers_wadi.analysis`).
+commit, machine, the curve of errors and losses over updates and seconds (of CPU time, on a CPU), and at the end, on held-out
+captions: attributes and whole captions right, Fréchet distance, and what training did to the weights (`diffusers_wadi.analysis`).
+
+The budget is small, and the student starts as the teacher at t = 625 (SiD-LSG's start), where it gets further in so few updates
+than at the paper's t = T-1; the table `recipe` has both.
 """
 
 import argparse
@@ -17,13 +20,16 @@ import json
 import logging
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -41,17 +47,39 @@ from diffusers_wadi.distillation.trainer import WaDiTrainer
 from diffusers_wadi.shapes import bundled_checkpoint, heldout_captions, parse_caption, render_scenes
 
 COMMON = (
-    "--shapes_captions 20000 --train_batch_size 16 --guidance_scale 2 --fake_warmup_steps 200 --use_ema --lr_scheduler cosine "
-    "--lr_warmup_steps 50 --validation_steps 0 --fake_learning_rate 2e-3 --student_rank 32 --fake_rank 8 --learning_rate 5e-4"
+    "--shapes_captions 20000 --train_batch_size 16 --mixed_precision bf16 --t_init 625 --use_ema --ema_decay 0.98 "
+    "--lr_scheduler cosine --lr_warmup_steps 10 --fake_warmup_steps 50 --validation_steps 0 --student_rank 32 --fake_rank 8"
 )
-RATES = {"lora": "3e-4", "dora": "3e-4", "dora_frozen_norm": "3e-4", "full": "3e-5"}  # others: that of COMMON
+# Of score distillation, for all tables but that of the objectives, which are defined by these.
+METHOD = (
+    "--guidance_scale 1.5 --fake_guidance_scale 1 --score_weighting dmd2 --fake_loss_weighting none "
+    "--proportion_empty_prompts 0 --fake_updates_per_step 2 --fake_learning_rate 3e-3 --learning_rate 1e-3"
+)
+RATES = {  # the first is used in the other tables
+    "lorad": ("1e-3", "3e-4", "3e-3"),
+    "lora": ("3e-4", "1e-4", "1e-3"),
+    "full": ("3e-5", "1e-5", "1e-4"),
+}
+RATES_OF = {"dora": "lora", "dora_frozen_norm": "lora"}
 ORTHOGONAL = ("matrix_exp", "cayley", "householder")
 OBJECTIVES = {
-    "wadi": "",
-    "swiftbrush": "--learning_rate 3e-5",
-    "pg_sb": "--learning_rate 3e-5 --guidance_scale_min 1 --guidance_scale_max 3",
+    "wadi": "--learning_rate 1e-3 --fake_learning_rate 3e-3",
+    "swiftbrush": "--learning_rate 3e-5 --guidance_scale 1.5",
+    "pg_sb": "--learning_rate 3e-5 --guidance_scale_min 1 --guidance_scale_max 2",
     "dmd2": "--learning_rate 3e-5 --fake_learning_rate 1e-4 --fake_updates_per_step 3",
     "sid_lsg": "--learning_rate 3e-5 --fake_learning_rate 1e-4",
+}
+RECIPES = {
+    "as in the other tables": "",
+    "t = T-1, schedule's alpha": "--t_init 999",
+    "t = T-1, alpha_bar 0.1": "--terminal_alpha_cumprod 0.1",
+    "guidance 1": "--guidance_scale 1",
+    "guidance 3": "--guidance_scale 3",
+    "release's weights": "--score_weighting sigma2 --fake_loss_weighting alpha2",
+    "one fake update": "--fake_updates_per_step 1",
+    "no average": "--no-use_ema",
+    "fake rate 1e-3": "--fake_learning_rate 1e-3",
+    "fake rate 1e-2": "--fake_learning_rate 1e-2",
 }
 
 
@@ -62,9 +90,10 @@ class Run:
     Args:
         table: which comparison.
         name: of the factor's value.
-        flags: beside COMMON, later ones win.
+        flags: beside COMMON and METHOD, later ones win.
         seed: of the training.
         backbone: which bundled teacher.
+        method: flags of score distillation.
     """
 
     table: str
@@ -72,37 +101,76 @@ class Run:
     flags: str
     seed: int = 0
     backbone: str = "stable-diffusion"
+    method: str = METHOD
 
     @property
     def key(self) -> str:
         """Its name in files."""
-        return f"{self.table}-{self.name}-{self.seed}".replace(" ", "-")
+        return re.sub(r"[^\w.]+", "-", f"{self.table}-{self.name}-{self.seed}")
 
     def command(self, steps: int) -> list[str]:
-        """Flags of `training/train_wadi.py`, without folders."""
-        return f"{COMMON} --seed {self.seed} {self.flags} --max_train_steps {steps}".split()
+        """Flags of `training/train_wadi.py`, without folders; each once."""
+        words = f"{COMMON} {self.method} --seed {self.seed} {self.flags} --max_train_steps {steps}".split()
+        flags: dict[str, list[str]] = {}
+        for word in words:
+            if word.startswith("--"):
+                flag = word
+                flags[flag] = []
+            else:
+                flags[flag].append(word)
+        for flag, needless in (
+            ("--no-use_ema", ("--use_ema", "--ema_decay")),
+            ("--terminal_alpha_cumprod", ("--t_init",)),
+        ):
+            for name in needless if flag in flags else ():
+                flags.pop(name, None)
+        return [word for flag, values in flags.items() for word in (flag, *values)]
 
 
-def grid() -> Iterator[Run]:
-    """All runs. The adapter table has three seeds, the others one."""
-    for kind in ("lorad", "lora", "dora", "dora_frozen_norm", "full"):
-        rate = f"--learning_rate {RATES[kind]}" if kind in RATES else ""
-        for seed in range(3):
-            yield Run("adapter", kind, f"--student_adapter {kind} {rate}".strip(), seed)
-    for rank in (4, 8, 16, 32, 64):
-        yield Run("student rank", str(rank), f"--student_rank {rank}")
-    for rank in (2, 4, 8, 16, 32):
-        yield Run("fake rank", str(rank), f"--fake_rank {rank}")
-    for layers in ("linear", "linear_conv"):
-        yield Run("layers", layers, f"--student_layers {layers}")
-    for init in ("paper", "xavier"):
-        yield Run("initialisation", init, f"--student_init {init}")
+def grid() -> list[Run]:
+    """All runs, the most telling first. The adapter table has three seeds, the others one.
+
+    The same command stands in several tables: it is run once, see `first_of_each`.
+    """
+    runs = [_adapter(kind, 0) for kind in ("lorad", "lora", "dora", "dora_frozen_norm", "full")]
+    for kind, rates in RATES.items():
+        named = [(f"{kind} {rate}", f"--student_adapter {kind} --learning_rate {rate}") for rate in rates]
+        runs += [Run("learning rate", name, flags) for name, flags in named]
+    runs += [Run("objective", name, f"--objective {name} {flags}", method="") for name, flags in OBJECTIVES.items()]
+    runs += [_adapter(kind, seed) for seed in (1, 2) for kind in ("lorad", "lora", "full", "dora", "dora_frozen_norm")]
+    runs += [Run("recipe", name, flags) for name, flags in RECIPES.items()]
+    runs += [Run("layers", layers, f"--student_layers {layers}") for layers in ("linear", "linear_conv")]
+    runs += [Run("initialisation", init, f"--student_init {init}") for init in ("paper", "zero_b", "xavier")]
     for kind in ("lorad", *ORTHOGONAL):
-        yield Run("orthogonal", kind, f"--student_adapter {kind} --student_layers qkv")
-    for objective, flags in OBJECTIVES.items():
-        yield Run("objective", objective, f"--objective {objective} {flags}".strip())
-    yield Run("backbone", "UNet", "")
-    yield Run("backbone", "PixArt", "", backbone="pixart")
+        runs.append(Run("orthogonal", kind, f"--student_adapter {kind} --student_layers qkv"))
+    runs += [Run("student rank", str(rank), f"--student_rank {rank}") for rank in (4, 8, 16, 32, 64)]
+    runs += [Run("fake rank", str(rank), f"--fake_rank {rank}") for rank in (2, 4, 8, 16, 32)]
+    for name, teacher in (("UNet", "stable-diffusion"), ("PixArt", "pixart")):  # PixArt's pipeline knows t = T-1 only
+        runs.append(Run("backbone", name, "--terminal_alpha_cumprod 0.0047", backbone=teacher))
+    return runs
+
+
+def _adapter(kind: str, seed: int) -> Run:
+    (rate, *_) = RATES[RATES_OF.get(kind, kind)]
+    return Run("adapter", kind, f"--student_adapter {kind} --learning_rate {rate}", seed)
+
+
+def settings(run: Run) -> tuple:
+    """What a run is, wherever it stands: equal for two lines of the grid that are one and the same run."""
+    args = vars(script().parse_args([*run.command(1), "--pretrained_teacher_model", "t", "--dry_run"]))
+    return run.backbone, tuple(sorted((name, str(value)) for name, value in args.items()))
+
+
+@cache
+def script():
+    """`training/train_wadi.py` as a module."""
+    return load_script()
+
+
+def first_of_each(runs: Sequence[Run]) -> dict[Run, Run]:
+    """Line of the grid -> the first line that is the same run."""
+    first: dict[tuple, Run] = {}
+    return {run: first.setdefault(settings(run), run) for run in runs}
 
 
 class Evaluation:
@@ -163,37 +231,64 @@ def run_one(run: Run, steps: int, points: int, evaluation: Evaluation, folder: P
     log = json.loads(file.read_text()) if file.is_file() else {"curve": []}
     if "result" in log:
         return log
-    teacher = bundled_checkpoint(run.backbone) / "teacher"
     every = max(1, steps // points)
-    places = ["--pretrained_teacher_model", str(teacher), "--output_dir", str(work)]
-    state = [
-        "--checkpointing_steps",
-        str(every),
-        "--checkpoints_total_limit",
-        "1",
-        "--resume_from_checkpoint",
-        "latest",
-    ]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    args = load_script().parse_args([*run.command(steps), *places, *state])
-    args.validation_prompts = ["a red heart on a white background"]
-    trainer = WaDiTrainer(args)
+    trainer = start(run, steps, every, work)
     log = {"curve": [point for point in log["curve"] if point["step"] <= trainer.step]} | about(run, steps)
     seconds = log["curve"][-1]["seconds"] if log["curve"] else 0.0
     if not log["curve"] or log["curve"][-1]["step"] < trainer.step:  # the start, or stopped just after a checkpoint
         log["curve"].append({"step": trainer.step, "seconds": seconds, "wrong": evaluation.quick(trainer)})
+    clock, losses = _clock(trainer), []
     while trainer.step < trainer.total_steps:
-        start = time.perf_counter()
-        trainer.update()
-        seconds += time.perf_counter() - start
+        before = clock()
+        losses.append({name: float(value) for name, value in trainer.update().items()})
+        seconds += clock() - before
         if trainer.step % every == 0 or trainer.step == trainer.total_steps:
             trainer.save_checkpoint()
-            log["curve"].append({"step": trainer.step, "seconds": seconds, "wrong": evaluation.quick(trainer)})
+            point = {"step": trainer.step, "seconds": seconds, "wrong": evaluation.quick(trainer)}
+            log["curve"].append(point | _means(losses))
+            losses = []
             write(file, json.dumps(log, indent=1))
             print(run.key, json.dumps(log["curve"][-1]), flush=True)
     log["result"] = evaluation.whole(trainer)
     write(file, json.dumps(log, indent=1))
+    shutil.rmtree(work)
     return log
+
+
+def start(run: Run, steps: int, every: int, work: Path) -> WaDiTrainer:
+    """The run before its first update, or as its last checkpoint in `work` left it; one is written `every` so many updates."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    places = [
+        "--pretrained_teacher_model",
+        str(bundled_checkpoint(run.backbone) / "teacher"),
+        "--output_dir",
+        str(work),
+    ]
+    state = f"--checkpointing_steps {every} --checkpoints_total_limit 1 --resume_from_checkpoint latest".split()
+    args = script().parse_args([*run.command(steps), *places, *state])
+    args.validation_prompts = ["a red heart on a white background"]
+    return WaDiTrainer(args)
+
+
+def _clock(trainer: WaDiTrainer) -> Callable[[], float]:
+    # CPU time does not count what other programs took from this one; a GPU has to be waited for.
+    if trainer.device.type == "cpu":
+        return time.process_time
+
+    def waited() -> float:
+        torch.accelerator.synchronize()
+        return time.perf_counter()
+
+    return waited
+
+
+def _means(logs: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Of each loss and norm over the updates since the last point; warm-up and score distillation log different ones."""
+    found = defaultdict(list)
+    for log in logs:
+        for name, value in log.items():
+            found[name].append(value)
+    return {name: fmean(values) for name, values in found.items()}
 
 
 def about(run: Run, steps: int) -> dict[str, Any]:
@@ -227,21 +322,27 @@ COLUMNS = {
 }
 
 
-def markdown(logs: Sequence[dict[str, Any]]) -> str:
+def markdown(lines: Sequence[tuple[Run, dict[str, Any]]]) -> str:
     """A table for each comparison; where there are several seeds, mean and standard deviation."""
     tables: dict[str, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for log in logs:
-        tables[log["table"]][log["name"]].append(log)
-    lines = []
+    for run, log in lines:
+        tables[run.table][run.name].append(log)
+    text = []
     for table, rows in tables.items():
         heads = [table, "seeds", *(title for title, _ in COLUMNS.values()), "s/update"]
-        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        text += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for name, found in rows.items():
-            pace = fmean(log["curve"][-1]["seconds"] / max(1, log["curve"][-1]["step"]) for log in found)
+            pace = fmean(_pace(log["curve"]) for log in found)
             cells = [_cell([log["result"].get(key) for log in found], form) for key, (_, form) in COLUMNS.items()]
-            lines.append("| " + " | ".join([name, str(len(found)), *cells, f"{pace:.2f}"]) + " |")
-        lines.append("")
-    return "\n".join(lines)
+            text.append("| " + " | ".join([name, str(len(found)), *cells, f"{pace:.2f}"]) + " |")
+        text.append("")
+    return "\n".join(text)
+
+
+def _pace(curve: Sequence[dict[str, float]]) -> float:
+    """Seconds of an update, between the last two points: without warm-up."""
+    before, last = curve[-2:]
+    return (last["seconds"] - before["seconds"]) / (last["step"] - before["step"])
 
 
 def _cell(values: Sequence[float | None], form: str) -> str:
@@ -252,25 +353,24 @@ def _cell(values: Sequence[float | None], form: str) -> str:
     return form.format(fmean(known)) + spread
 
 
-def save_figure(logs: Sequence[dict[str, Any]], file: Path) -> None:
-    """Attributes wrong over updates and over seconds, a line for each adapter and objective."""
+def save_figure(lines: Sequence[tuple[Run, dict[str, Any]]], file: Path) -> None:
+    """Attributes wrong over updates and over seconds, a line for each adapter and objective (seed 0)."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    shown = [table for table in ("adapter", "objective") if any(log["table"] == table for log in logs)]
+    shown = [table for table in ("adapter", "objective") if any(run.table == table for run, _ in lines)]
     if not shown:
         return
     figure, axes = pyplot.subplots(len(shown), 2, figsize=(8.4, 3.2 * len(shown)), squeeze=False, sharey=True)
     for row, table in zip(axes, shown):
         for ax, unit in zip(row, ("step", "seconds")):
-            for log in logs:
-                if log["table"] == table and log["seed"] == 0:
-                    ax.plot(
-                        [p[unit] for p in log["curve"]], [100 * p["wrong"] for p in log["curve"]], label=log["name"]
-                    )
-            ax.set(xlabel="updates" if unit == "step" else unit, ylabel="attributes wrong, %", title=table)
+            for run, log in lines:
+                if run.table == table and run.seed == 0:
+                    points = [(point[unit], 100 * point["wrong"]) for point in log["curve"]]
+                    ax.plot(*zip(*points), marker=".", label=run.name)
+            ax.set(xlabel="updates" if unit == "step" else "seconds", ylabel="attributes wrong, %", title=table)
             ax.grid(color="#dddddd", linewidth=0.6)
         row[1].legend(fontsize=8)
     figure.tight_layout()
@@ -279,13 +379,14 @@ def save_figure(logs: Sequence[dict[str, Any]], file: Path) -> None:
 
 def report(folder: Path) -> str:
     """Tables (ablations.md) and figure (ablations.png) of the finished runs in `folder`."""
-    logs = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
-    order = {run.key: i for i, run in enumerate(grid())}
-    logs = [log for log in logs if "result" in log]
-    logs.sort(key=lambda log: order[Run(log["table"], log["name"], "", log["seed"]).key])
-    text = markdown(logs)
+    files = {run: folder / f"{first.key}.json" for run, first in first_of_each(grid()).items()}
+    logs = {run: json.loads(file.read_text()) for run, file in files.items() if file.is_file()}
+    lines = sorted(((run, log) for run, log in logs.items() if "result" in log), key=lambda line: line[0].seed)
+    order = list(dict.fromkeys((run.table, run.name) for run in grid()))
+    lines.sort(key=lambda line: order.index((line[0].table, line[0].name)))
+    text = markdown(lines)
     write(folder / "ablations.md", text)
-    save_figure(logs, folder / "ablations.png")
+    save_figure(lines, folder / "ablations.png")
     return text
 
 
@@ -294,25 +395,29 @@ def main() -> None:
     add, tables = parser.add_argument, list(dict.fromkeys(run.table for run in grid()))
     add("--tables", nargs="+", choices=tables, default=tables, help="Default: all.")
     add("--names", nargs="+", help="Only these values of the factor.")
-    add("--steps", type=int, default=2000, help="Updates of each run. Default: 2000.")
-    add("--points", type=int, default=10, help="Of the curve. Default: 10.")
+    add("--seeds", nargs="+", type=int, help="Only these.")
+    add("--steps", type=int, default=100, help="Updates of each run by score distillation. Default: 100.")
+    add("--points", type=int, default=5, help="Of the curve. Default: 5.")
     add("--num_captions", type=int, default=512, help="Judged at the end. Default: 512.")
-    add("--num_frechet", type=int, default=2000, help="Images for the Fréchet distance. Default: 2000.")
+    add("--num_frechet", type=int, default=512, help="Images for the Fréchet distance. Default: 512.")
     add("--num_threads", type=int, help="CPU threads. Default: torch's choice.")
     add("--output_dir", type=Path, default=Path("ablations"), help="Default: %(default)s.")
     add("--list", action="store_true", help="Print the grid.")
     add("--report", action="store_true", help="Only tables and figure.")
     args = parser.parse_args()
-    runs = [run for run in grid() if run.table in args.tables and (not args.names or run.name in args.names)]
+    logging.disable(logging.INFO)
+    first = first_of_each(grid())
+    runs = [run for run in first if run.table in args.tables]
+    runs = [run for run in runs if args.names is None or run.name in args.names]
+    runs = [run for run in runs if args.seeds is None or run.seed in args.seeds]
     if args.list:
-        return print("\n".join(f"{run.key}: {' '.join(run.command(args.steps))}" for run in runs))
+        return print("\n".join(f"{run.key} ({first[run].key}): {' '.join(run.command(args.steps))}" for run in runs))
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if not args.report:
         if args.num_threads:
             torch.set_num_threads(args.num_threads)
-        logging.disable(logging.INFO)
         evaluation = Evaluation(args.num_captions, args.num_frechet)
-        for run in runs:
+        for run in dict.fromkeys(first[run] for run in runs):
             run_one(run, args.steps, args.points, evaluation, args.output_dir)
     print(report(args.output_dir))
 

@@ -19,7 +19,17 @@ FACTORS = {  # what may differ within a table; learning rates go with adapters a
     "layers": {"student_layers"},
     "initialisation": {"student_init"},
     "orthogonal": {"student_adapter"},
+    "learning rate": {"student_adapter", "learning_rate"},
     "backbone": set(),
+}
+OF_A_RECIPE = {  # what a recipe may change: one of these
+    frozenset({"t_init"}),
+    frozenset({"t_init", "terminal_alpha_cumprod"}),
+    frozenset({"guidance_scale"}),
+    frozenset({"score_weighting", "fake_loss_weighting"}),
+    frozenset({"fake_updates_per_step"}),
+    frozenset({"use_ema", "ema_decay"}),
+    frozenset({"fake_learning_rate"}),
 }
 
 
@@ -43,16 +53,40 @@ def test_objectives_share_budget_data_and_student(tmp_path):
         assert len({run[name] for run in runs}) == 1
 
 
+def test_a_recipe_changes_one_thing(tmp_path):
+    plain, *others = [parsed(run, tmp_path) for run in ablations.grid() if run.table == "recipe"]
+    changed = [frozenset(name for name in plain if run[name] != plain[name]) for run in others]
+    assert set(changed) == OF_A_RECIPE
+
+
 def test_every_run_has_a_file_of_its_own():
     keys = [run.key for run in ablations.grid()]
     assert len(set(keys)) == len(keys) and sum(key.startswith("adapter-lorad-") for key in keys) == 3
 
 
+def test_the_same_run_in_two_tables_is_made_once():
+    runs = ablations.grid()
+    first = ablations.first_of_each(runs)
+    by_key = {run.key: run for run in runs}
+    common = by_key["adapter-lorad-0"]
+    for key in (
+        "recipe-as-in-the-other-tables-0",
+        "student-rank-32-0",
+        "initialisation-paper-0",
+        "learning-rate-lorad-1e-3-0",
+    ):
+        assert first[by_key[key]] == common
+    assert first[by_key["adapter-lorad-1"]] == by_key["adapter-lorad-1"]
+    assert first[by_key["backbone-PixArt-0"]] == by_key["backbone-PixArt-0"] != first[by_key["backbone-UNet-0"]]
+
+
 def test_a_run_is_judged_and_taken_up_again(tmp_path, monkeypatch):
     small = ablations.COMMON.replace(
-        "--shapes_captions 20000 --train_batch_size 16", "--shapes_captions 8 --train_batch_size 1"
+        "--shapes_captions 20000 --train_batch_size 16 --mixed_precision bf16",
+        "--shapes_captions 8 --train_batch_size 1",
     )
-    monkeypatch.setattr(ablations, "COMMON", small.replace("fake_warmup_steps 200", "fake_warmup_steps 0"))
+    assert small != ablations.COMMON and "fake_warmup_steps 50" in small
+    monkeypatch.setattr(ablations, "COMMON", small.replace("fake_warmup_steps 50", "fake_warmup_steps 0"))
     evaluation = ablations.Evaluation(num_captions=4, num_frechet=0)
     run = ablations.Run(
         "adapter", "lorad", "--student_rank 2 --fake_rank 2 --learning_rate 0.1 --lr_warmup_steps 0 --no-use_ema"
@@ -62,11 +96,30 @@ def test_a_run_is_judged_and_taken_up_again(tmp_path, monkeypatch):
     result = whole["result"]
     assert 0 <= result["attributes"] <= 1 and result["norm"] < 1e-6 < result["direction"]
     assert ablations.run_one(run, 2, 2, None, tmp_path) == whole  # nothing is done twice
-    stopped = json.loads((tmp_path / "adapter-lorad-0.json").read_text())
-    del stopped["result"], stopped["curve"][2]
-    (tmp_path / "adapter-lorad-0.json").write_text(json.dumps(stopped))
-    again = ablations.run_one(run, 2, 2, evaluation, tmp_path)  # the checkpoint is of the last update
+    assert all("vsd_loss" in point for point in whole["curve"][1:])
+    assert whole["command"].startswith("train_wadi.py ") and "--learning_rate 0.1 " in whole["command"]
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "adapter-lorad-0.json"
+    ]  # no checkpoints are left lying about
+
+    stopped, quick, wrong = tmp_path / "stopped", evaluation.quick, []
+
+    def stop_at_the_third(trainer):
+        wrong.append(quick(trainer))
+        if len(wrong) == 3:
+            raise KeyboardInterrupt
+        return wrong[-1]
+
+    stopped.mkdir()
+    monkeypatch.setattr(evaluation, "quick", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        ablations.run_one(run, 2, 2, evaluation, stopped)
+    assert "result" not in json.loads((stopped / "adapter-lorad-0.json").read_text())
+    updates = []
+    monkeypatch.setattr(ablations.WaDiTrainer, "update", lambda trainer: updates.append(trainer.step))
+    again = ablations.run_one(run, 2, 2, evaluation, stopped)
     assert again["result"] == result and [point["step"] for point in again["curve"]] == [0, 1, 2]
+    assert not updates  # the checkpoint is of the last one
     assert "| lorad | 1 |" in ablations.report(tmp_path)
     assert (tmp_path / "ablations.png").is_file() and (tmp_path / "ablations.md").is_file()
 
