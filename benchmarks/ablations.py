@@ -53,17 +53,17 @@ COMMON = (
 # Of score distillation, for all tables but that of the objectives, which are defined by these.
 METHOD = (
     "--guidance_scale 1.5 --fake_guidance_scale 1 --score_weighting dmd2 --fake_loss_weighting none "
-    "--proportion_empty_prompts 0 --fake_updates_per_step 2 --fake_learning_rate 3e-3 --learning_rate 1e-3"
+    "--proportion_empty_prompts 0 --fake_updates_per_step 2 --fake_learning_rate 3e-3 --learning_rate 3e-4"
 )
 RATES = {  # the first is used in the other tables
-    "lorad": ("1e-3", "3e-4", "3e-3"),
-    "lora": ("3e-4", "1e-4", "1e-3"),
-    "full": ("3e-5", "1e-5", "1e-4"),
+    "lorad": ("3e-4", "1e-4", "1e-3"),
+    "lora": ("1e-4", "3e-5", "3e-4"),
+    "full": ("1e-5", "3e-6", "3e-5"),
 }
 RATES_OF = {"dora": "lora", "dora_frozen_norm": "lora"}
 ORTHOGONAL = ("matrix_exp", "cayley", "householder")
 OBJECTIVES = {
-    "wadi": "--learning_rate 1e-3 --fake_learning_rate 3e-3",
+    "wadi": "--learning_rate 3e-4 --fake_learning_rate 3e-3",
     "swiftbrush": "--learning_rate 3e-5 --guidance_scale 1.5",
     "pg_sb": "--learning_rate 3e-5 --guidance_scale_min 1 --guidance_scale_max 2",
     "dmd2": "--learning_rate 3e-5 --fake_learning_rate 1e-4 --fake_updates_per_step 3",
@@ -229,11 +229,14 @@ def run_one(run: Run, steps: int, points: int, evaluation: Evaluation, folder: P
     """Train and judge; goes on where `folder` has a checkpoint of it."""
     file, work = folder / f"{run.key}.json", folder / run.key
     log = json.loads(file.read_text()) if file.is_file() else {"curve": []}
+    made_by = about(run, steps)
+    if log.get("command", made_by["command"]) != made_by["command"]:
+        raise ValueError(f"{file} is of another run, {log['command']}. Choose another --output_dir, or remove it.")
     if "result" in log:
         return log
     every = max(1, steps // points)
     trainer = start(run, steps, every, work)
-    log = {"curve": [point for point in log["curve"] if point["step"] <= trainer.step]} | about(run, steps)
+    log = {"curve": [point for point in log["curve"] if point["step"] <= trainer.step]} | made_by
     seconds = log["curve"][-1]["seconds"] if log["curve"] else 0.0
     if not log["curve"] or log["curve"][-1]["step"] < trainer.step:  # the start, or stopped just after a checkpoint
         log["curve"].append({"step": trainer.step, "seconds": seconds, "wrong": evaluation.quick(trainer)})

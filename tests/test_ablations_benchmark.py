@@ -73,7 +73,7 @@ def test_the_same_run_in_two_tables_is_made_once():
         "recipe-as-in-the-other-tables-0",
         "student-rank-32-0",
         "initialisation-paper-0",
-        "learning-rate-lorad-1e-3-0",
+        "learning-rate-lorad-3e-4-0",
     ):
         assert first[by_key[key]] == common
     assert first[by_key["adapter-lorad-1"]] == by_key["adapter-lorad-1"]
@@ -96,6 +96,8 @@ def test_a_run_is_judged_and_taken_up_again(tmp_path, monkeypatch):
     result = whole["result"]
     assert 0 <= result["attributes"] <= 1 and result["norm"] < 1e-6 < result["direction"]
     assert ablations.run_one(run, 2, 2, None, tmp_path) == whole  # nothing is done twice
+    with pytest.raises(ValueError, match="is of another run"):
+        ablations.run_one(run, 3, 2, None, tmp_path)
     assert all("vsd_loss" in point for point in whole["curve"][1:])
     assert whole["command"].startswith("train_wadi.py ") and "--learning_rate 0.1 " in whole["command"]
     assert [path.name for path in tmp_path.iterdir()] == [

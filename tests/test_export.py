@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from backbones import SD15_UNET, SD21_UNET, meta_model
-from conftest import TARGETS, add_random_adapter
+from conftest import SD_BETAS, TARGETS, add_random_adapter
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
@@ -20,7 +20,15 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel
 from transformers.pytorch_utils import Conv1D
 
-from diffusers_wadi import LoRaDConfig, WaDiPipeline, bundled_checkpoint, export_lora, export_single_file
+from diffusers_wadi import (
+    LoRaDConfig,
+    WaDiPipeline,
+    bundled_checkpoint,
+    export_lora,
+    export_single_file,
+    one_step_scheduler,
+)
+from diffusers_wadi.conversion import single_file
 from diffusers_wadi.conversion.single_file import original_state_dict
 
 ONE_STEP = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "latent"}
@@ -241,6 +249,17 @@ def test_the_bundled_checkpoint_as_one_file(tmp_path):
     pipe.fuse_lorad()
     pipe.unload_lorad_weights()
     same_weights(again, pipe)
+
+
+@pytest.mark.parametrize(("terminal", "warned"), [(None, False), (0.0047, False), (0.1, True)])
+def test_a_step_that_the_file_cannot_hold_is_warned_of(sd15_pipe, tmp_path, monkeypatch, terminal, warned):
+    """Other programs have Stable Diffusion's alphas_cumprod[T-1] built in."""
+    pipe, _ = sd15_pipe
+    monkeypatch.setattr(pipe, "scheduler", one_step_scheduler(SD_BETAS, terminal))
+    said = []
+    monkeypatch.setattr(single_file._logger, "warning", said.append)
+    export_single_file(pipe, tmp_path / "model.safetensors")
+    assert ["alphas_cumprod[T-1] = 0.1, which the file cannot hold" in text for text in said] == [True] * warned
 
 
 def test_what_the_layout_cannot_hold_is_refused(components, sd15_pipe, tmp_path):

@@ -245,7 +245,14 @@ def test_push_an_adapter_and_load_it_back(hub, pipe, base_folder, adapter_folder
     pipe.push_lorad_to_hub("me/student", private=True, token=WRITE, commit_message="first", card=details, **base)
     repository = hub.repositories["me/student"]
     assert repository.private and repository.messages[-1] == "first"
-    wanted = {".gitattributes", "README.md", "adapter_config.json", WEIGHTS, "samples.png"}
+    wanted = {
+        ".gitattributes",
+        "README.md",
+        "adapter_config.json",
+        WEIGHTS,
+        "samples.png",
+        "scheduler/scheduler_config.json",
+    }
     assert set(repository.files) == wanted
     assert hashlib.sha256(repository.files[WEIGHTS]).hexdigest() in hub.large  # it went by the storage
     data, body = card_of(repository)

@@ -118,11 +118,16 @@ class LoRaDLoaderMixin:
         if push_to_hub:
             refuse_local_base(base)
         path = save_lorad_adapter(model, save_directory, adapter_name, self._lorad_component(), base, weight_name)
+        more = self._save_beside_adapter(path.parent)
         if push_to_hub:
             card = with_sample_grid(self, card)
             config, kind = model.peft_config[adapter_name], (type(self).__name__, hasattr(self, "is_one_step"))
             text = adapter_card(options.name(path.parent), config, base, weight_name, card, *kind)
-            publish(path.parent, [path.name, "adapter_config.json"], options, text, card)
+            publish(path.parent, [path.name, "adapter_config.json", *more], options, text, card)
+
+    def _save_beside_adapter(self, folder: Path) -> list[str]:
+        """Write what else an adapter of this pipeline needs; returns the files, relative to `folder`."""
+        return []
 
     def push_lorad_to_hub(self, repo_id: str, adapter_name: str | None = None, **options: Any) -> None:
         """Upload one adapter with a generated model card; `options` are those of `save_lorad_weights`."""

@@ -137,6 +137,53 @@ def test_the_scheduler_beside_an_adapter_is_used(adapter):
         WaDiPipeline.from_pretrained(adapter)
 
 
+def terminal(pipe) -> float:
+    return pipe.scheduler.alphas_cumprod[-1].item()
+
+
+def test_the_scheduler_goes_with_the_adapter(base, adapter, tmp_path):
+    """What alphas_cumprod[T-1] its step takes is a part of an adapter: saved with it, and used where it is put on a pipeline."""
+    one_step_scheduler(SD_BETAS, terminal_alpha_cumprod=0.1).save_pretrained(adapter / "scheduler")
+    pipe = WaDiPipeline.from_pretrained(adapter)
+    expected, teacher = latents(pipe), WaDiPipeline.from_pretrained(base)
+    pipe.save_lorad_weights(tmp_path / "saved")
+    again = WaDiPipeline.from_pretrained(tmp_path / "saved", base_model=base)
+    assert terminal(again) == pytest.approx(0.1, abs=1e-6) and torch.equal(latents(again), expected)
+
+    own, plain = terminal(teacher), latents(teacher)
+    several = {"num_inference_steps": 3}
+    many = latents(teacher, **several)
+    teacher.load_lorad_weights(tmp_path / "saved")
+    assert torch.equal(latents(teacher), expected)
+    teacher.disable_lora()
+    assert torch.equal(latents(teacher, **several), many)  # the base's own scheduler
+    teacher.enable_lora()
+    teacher.load_lorad_weights(other_adapter(teacher, tmp_path / "other"), adapter_name="other")
+    assert terminal(teacher) == pytest.approx(0.1, abs=1e-6)  # a second one leaves it
+    teacher.unload_lorad_weights()
+    teacher.load_lorad_weights(tmp_path / "other")  # without a scheduler of its own: the base's again
+    assert terminal(teacher) == own
+    teacher.disable_lora()
+    assert torch.equal(latents(teacher), plain)
+
+
+def other_adapter(pipe, folder):
+    """A folder with an adapter and no scheduler."""
+    pipe.save_lorad_weights(folder, pipe.get_active_adapters()[0])
+    shutil.rmtree(folder / "scheduler")
+    return folder
+
+
+def test_a_broken_scheduler_beside_an_adapter_changes_nothing(base, adapter):
+    pipe = WaDiPipeline.from_pretrained(base)
+    ours = pipe.scheduler
+    (adapter / "scheduler").mkdir()
+    (adapter / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(ValueError, match="no scheduler config"):
+        pipe.load_lorad_weights(adapter)
+    assert pipe.scheduler is ours and pipe.get_active_adapters() == []
+
+
 @pytest.mark.parametrize("kind", ["complete", "adapter"])
 def test_calls_of_several_steps_keep_the_checkpoint_s_own_scheduler(base, adapter, kind, tmp_path):
     """One step takes ours; with more the pipeline is the stock one, and the saved model the one-step one."""

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 
@@ -30,6 +31,8 @@ __all__ = ["export_single_file", "original_state_dict"]
 
 Layout = Literal["auto", "sd1", "sd2"]
 _CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "text_encoder": "CLIPTextModel"}
+STABLE_DIFFUSION_TERMINAL = 0.00466  # alphas_cumprod[T-1] of Stable Diffusion 1.x and 2.x
+_logger = logging.get_logger(__name__)
 _HINT = "one step from t = T-1 (trailing / sgm_uniform timesteps), CFG 1"
 
 
@@ -43,7 +46,9 @@ def export_single_file(
 
     Read it back with `StableDiffusionPipeline.from_single_file(path)`; a model of other sizes than Stable Diffusion's,
     and any model offline, needs `config=` a diffusers folder of that model. The scheduler is not in the file: set
-    `one_step_scheduler(pipe.scheduler.config)` after loading, unless that folder has it.
+    `one_step_scheduler(pipe.scheduler.config)` after loading, unless that folder has it. Programs that read such files
+    have Stable Diffusion's own schedule built in, so a student that was trained with another `alphas_cumprod[T-1]` (more
+    than 2 % away) will not draw in them; that is logged as a warning.
 
     Args:
         pipe: active adapters of its UNet are fused in the file; the pipeline itself is not changed.
@@ -63,11 +68,23 @@ def export_single_file(
     if path.suffix != ".safetensors":
         raise ValueError(f"cannot write {str(path)!r}: a one-file checkpoint is a .safetensors file; name it so")
     writable_folder(path.parent)
+    _warn_of_other_terminal(pipe)
     state = original_state_dict(pipe, layout)
     tensors = {key: value.detach().to("cpu", dtype).contiguous() for key, value in _own_storage(state).items()}
     with written_beside(path) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt", "modelspec.usage_hint": _HINT})
     return path
+
+
+def _warn_of_other_terminal(pipe: DiffusionPipeline) -> None:
+    tables = getattr(getattr(pipe, "scheduler", None), "alphas_cumprod", None)
+    terminal = STABLE_DIFFUSION_TERMINAL if tables is None else float(tables[-1])
+    if abs(terminal / STABLE_DIFFUSION_TERMINAL - 1) > 0.02:
+        _logger.warning(
+            f"This model's step takes alphas_cumprod[T-1] = {terminal:.4g}, which the file cannot hold; programs with Stable "
+            f"Diffusion's {STABLE_DIFFUSION_TERMINAL} built in will not draw with it. In diffusers, set pipe.scheduler = "
+            f"one_step_scheduler(pipe.scheduler, terminal_alpha_cumprod={terminal:.4g}) after loading."
+        )
 
 
 def original_state_dict(pipe: DiffusionPipeline, layout: Layout = "auto") -> StateDict:

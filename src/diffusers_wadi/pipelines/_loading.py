@@ -11,9 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import SchedulerMixin
 from huggingface_hub.utils import httpx
 from safetensors import SafetensorError
 
@@ -30,6 +28,7 @@ from diffusers_wadi.authors_files import (
     read_authors_file,
     split_authors_state_dict,
 )
+from diffusers_wadi.pipelines._adapter_scheduler import own_scheduler
 from diffusers_wadi.pipelines._weights import refuse_incomplete
 from diffusers_wadi.schedulers import one_step_scheduler
 
@@ -219,9 +218,10 @@ def load_adapter_pipeline(
     # A revision names a state of the repository that was asked for, which is the adapter's.
     of_base = {key: value for key, value in options.items() if key != "revision"}
     pipe = load_complete_pipeline(load, Source(source.base, None), of_base)
+    given = pipe.scheduler
     pipe.load_lorad_weights(source.location, weight_name, adapter_name, source.subfolder, **hub_options(options))
-    if options.get("scheduler") is None and (scheduler := _own_scheduler(source, hub_options(options))):
-        pipe._replace_scheduler(scheduler)
+    if options.get("scheduler") is not None:
+        pipe.scheduler = given
     return pipe
 
 
@@ -249,7 +249,7 @@ def load_authors_pipeline(
         pipe.load_lorad_weights(adapter, adapter_name=adapter_name)
     theirs = adapter is not None or source.authors_file.name.startswith("rotated_")
     if options.get("scheduler") is None:
-        if own := _own_scheduler(source, hub_options(options)):
+        if own := own_scheduler(source.location, source.subfolder, hub_options(options)):
             pipe._replace_scheduler(own)
         elif theirs:
             pipe._replace_scheduler(one_step_scheduler(pipe.scheduler, AUTHORS_TERMINAL_ALPHA_CUMPROD))
@@ -278,24 +278,6 @@ def _denoiser_of(
     # Copies, since the tensors of a safetensors file are the file itself, mapped into memory.
     model.load_state_dict({key: weights.pop(key).to(dtype, copy=True) for key in list(weights)}, assign=True)
     return model.eval()
-
-
-def _own_scheduler(source: Source, hub: dict[str, Any]) -> SchedulerMixin | None:
-    """The scheduler that the adapter was trained with, where it lies beside the adapter."""
-    location = Path(source.location).parent if Path(source.location).is_file() else source.location
-    path = probe_file(location, "scheduler/scheduler_config.json", source.subfolder, **hub)
-    if path is None:
-        return None
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = getattr(diffusers, config["_class_name"], None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no scheduler config ({error}); get it again, or pass scheduler=") from error
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-        raise ValueError(
-            f"{path} names {config['_class_name']!r}, which is no scheduler of diffusers; pass scheduler="
-        )
-    return kind.from_config(config)
 
 
 def _local_folder(location: str, subfolder: str, options: dict[str, Any]) -> Path:

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from diffusers_wadi.loaders import LoRaDLoaderMixin
 from diffusers_wadi.lorad.caching import lorad_cache_in_call
+from diffusers_wadi.pipelines._adapter_scheduler import AdapterSchedulerMixin
 from diffusers_wadi.pipelines._caching import LoRaDCacheMixin
 from diffusers_wadi.pipelines._fast_images import device_without_hooks
 from diffusers_wadi.pipelines._loading import load_pipeline, resolve_source
@@ -27,7 +28,14 @@ from diffusers_wadi.schedulers import ONE_STEP_SETTINGS, check_one_step_schedule
 LOW_PRECISION = (torch.float16, torch.bfloat16)
 
 
-class OneStepMixin(OptimizationMixin, LoRaDLoaderMixin, LoRaDCacheMixin, OneStepCheckpointMixin, ScaleCrafterMixin):
+class OneStepMixin(
+    OptimizationMixin,
+    AdapterSchedulerMixin,
+    LoRaDLoaderMixin,
+    LoRaDCacheMixin,
+    OneStepCheckpointMixin,
+    ScaleCrafterMixin,
+):
     """To be named before a stock pipeline class, whose `__call__` the subclass wraps in `_ready`."""
 
     stock_class: ClassVar[type[DiffusionPipeline]]
