@@ -57,7 +57,7 @@ METHOD = (
 )
 RATES = {  # the first is used in the other tables
     "lorad": ("3e-4", "1e-4", "1e-3"),
-    "lora": ("1e-4", "3e-5", "3e-4"),
+    "lora": ("3e-4", "1e-4", "1e-3"),
     "full": ("1e-5", "3e-6", "3e-5"),
 }
 RATES_OF = {"dora": "lora", "dora_frozen_norm": "lora"}
