@@ -11,8 +11,9 @@ evaluation are the same in all. A run that was stopped goes on from its last che
 commit, machine, the curve of errors and losses over updates and seconds (of CPU time, on a CPU), and at the end, on held-out
 captions: attributes and whole captions right, Fréchet distance, and what training did to the weights (`diffusers_wadi.analysis`).
 
-The budget is small, and the student starts as the teacher at t = 625 (SiD-LSG's start), where it gets further in so few updates
-than at the paper's t = T-1; the table `recipe` has both.
+The budget is small: 150 updates of regression onto samples of the teacher, 60 of the fake alone, then --steps by score
+distillation, with the regression beside it in all tables but that of the objectives. The student starts as the teacher at
+t = 625 (SiD-LSG's start), where it gets further in so few updates than at the paper's t = T-1; the table `recipe` has both.
 """
 
 import argparse
@@ -48,39 +49,47 @@ from diffusers_wadi.shapes import bundled_checkpoint, heldout_captions, parse_ca
 
 COMMON = (
     "--shapes_captions 20000 --train_batch_size 16 --mixed_precision bf16 --t_init 625 --use_ema --ema_decay 0.98 "
-    "--lr_scheduler cosine --lr_warmup_steps 10 --fake_warmup_steps 50 --validation_steps 0 --student_rank 32 --fake_rank 8"
+    "--lr_scheduler cosine --lr_warmup_steps 5 --validation_steps 0 --student_rank 32 --fake_rank 8 --warmup_regression_steps 150 "
+    "--warmup_regression_pairs 2048 --warmup_num_inference_steps 10 --warmup_guidance_scale 3 --fake_warmup_steps 60"
 )
 # Of score distillation, for all tables but that of the objectives, which are defined by these.
 METHOD = (
-    "--guidance_scale 1.5 --fake_guidance_scale 1 --score_weighting dmd2 --fake_loss_weighting none "
-    "--proportion_empty_prompts 0 --fake_updates_per_step 2 --fake_learning_rate 3e-3 --learning_rate 3e-4"
+    "--guidance_scale 1.5 --fake_guidance_scale 1 --score_weighting dmd2 --fake_loss_weighting none --regression_weight 1 "
+    "--proportion_empty_prompts 0 --fake_updates_per_step 2 --fake_learning_rate 3e-3"
 )
-RATES = {  # the first is used in the other tables
-    "lorad": ("3e-4", "1e-4", "1e-3"),
-    "lora": ("3e-4", "1e-4", "1e-3"),
-    "full": ("1e-5", "3e-6", "3e-5"),
+# Kind of adapter -> rates of score distillation and of the warm start; the first pair is used in the other tables.
+RATES = {
+    "lorad": (("3e-4", "2e-3"), ("3e-4", "1e-3"), ("3e-4", "4e-3"), ("1e-3", "2e-3")),
+    "lora": (("3e-4", "1e-3"), ("3e-4", "5e-4"), ("3e-4", "2e-3"), ("1e-4", "1e-3")),
+    "full": (("3e-5", "3e-4"), ("3e-5", "1e-4"), ("3e-5", "1e-3"), ("1e-4", "3e-4")),
 }
-RATES_OF = {"dora": "lora", "dora_frozen_norm": "lora"}
+RATES |= {"dora": RATES["lora"][:1], "dora_frozen_norm": RATES["lora"][:1]}
 ORTHOGONAL = ("matrix_exp", "cayley", "householder")
+_FULL = "--learning_rate 3e-5 --warmup_learning_rate 3e-4"
 OBJECTIVES = {
-    "wadi": "--learning_rate 3e-4 --fake_learning_rate 3e-3",
-    "swiftbrush": "--learning_rate 3e-5 --guidance_scale 1.5",
-    "pg_sb": "--learning_rate 3e-5 --guidance_scale_min 1 --guidance_scale_max 2",
-    "dmd2": "--learning_rate 3e-5 --fake_learning_rate 1e-4 --fake_updates_per_step 3",
-    "sid_lsg": "--learning_rate 3e-5 --fake_learning_rate 1e-4",
+    "wadi": "--learning_rate 3e-4 --warmup_learning_rate 2e-3 --fake_learning_rate 3e-3",
+    "swiftbrush": f"{_FULL} --guidance_scale 1.5",
+    "pg_sb": f"{_FULL} --guidance_scale_min 1 --guidance_scale_max 2",
+    "dmd2": f"{_FULL} --fake_learning_rate 1e-4 --fake_updates_per_step 3",
+    "sid_lsg": f"{_FULL} --fake_learning_rate 1e-4",
 }
 RECIPES = {
     "as in the other tables": "",
     "t = T-1, schedule's alpha": "--t_init 999",
     "t = T-1, alpha_bar 0.1": "--terminal_alpha_cumprod 0.1",
-    "guidance 1": "--guidance_scale 1",
+    "no regression beside": "--regression_weight 0",
     "guidance 3": "--guidance_scale 3",
     "release's weights": "--score_weighting sigma2 --fake_loss_weighting alpha2",
     "one fake update": "--fake_updates_per_step 1",
     "no average": "--no-use_ema",
-    "fake rate 1e-3": "--fake_learning_rate 1e-3",
     "fake rate 1e-2": "--fake_learning_rate 1e-2",
 }
+
+
+def rates(kind: str, which: int = 0) -> str:
+    """Flags of the learning rates of an adapter."""
+    rate, warmup = RATES.get(kind, RATES["lora"])[which]
+    return f"--student_adapter {kind} --learning_rate {rate} --warmup_learning_rate {warmup}"
 
 
 @dataclass(frozen=True)
@@ -132,27 +141,25 @@ def grid() -> list[Run]:
 
     The same command stands in several tables: it is run once, see `first_of_each`.
     """
-    runs = [_adapter(kind, 0) for kind in ("lorad", "lora", "dora", "dora_frozen_norm", "full")]
-    for kind, rates in RATES.items():
-        named = [(f"{kind} {rate}", f"--student_adapter {kind} --learning_rate {rate}") for rate in rates]
-        runs += [Run("learning rate", name, flags) for name, flags in named]
+    kinds = ("lorad", "lora", "full", "dora", "dora_frozen_norm")
+    runs = [Run("adapter", kind, rates(kind)) for kind in kinds]
+    runs += [Run("recipe", name, f"{rates('lorad')} {flags}") for name, flags in RECIPES.items()][:3]
     runs += [Run("objective", name, f"--objective {name} {flags}", method="") for name, flags in OBJECTIVES.items()]
-    runs += [_adapter(kind, seed) for seed in (1, 2) for kind in ("lorad", "lora", "full", "dora", "dora_frozen_norm")]
-    runs += [Run("recipe", name, flags) for name, flags in RECIPES.items()]
-    runs += [Run("layers", layers, f"--student_layers {layers}") for layers in ("linear", "linear_conv")]
-    runs += [Run("initialisation", init, f"--student_init {init}") for init in ("paper", "zero_b", "xavier")]
+    runs += [Run("adapter", kind, rates(kind), seed) for seed in (1, 2) for kind in kinds]
+    for kind in ("lorad", "lora", "full"):
+        for i, (rate, warmup) in enumerate(RATES[kind]):
+            runs.append(Run("learning rate", f"{kind} {rate}, warm start {warmup}", rates(kind, i)))
+    lorad = rates("lorad")
+    runs += [Run("layers", layers, f"{lorad} --student_layers {layers}") for layers in ("linear", "linear_conv")]
+    runs += [Run("initialisation", init, f"{lorad} --student_init {init}") for init in ("paper", "zero_b", "xavier")]
+    runs += [Run("recipe", name, f"{lorad} {flags}") for name, flags in RECIPES.items()][3:]
     for kind in ("lorad", *ORTHOGONAL):
-        runs.append(Run("orthogonal", kind, f"--student_adapter {kind} --student_layers qkv"))
-    runs += [Run("student rank", str(rank), f"--student_rank {rank}") for rank in (4, 8, 16, 32, 64)]
-    runs += [Run("fake rank", str(rank), f"--fake_rank {rank}") for rank in (2, 4, 8, 16, 32)]
+        runs.append(Run("orthogonal", kind, f"{rates(kind)} --student_layers qkv"))
+    runs += [Run("student rank", str(rank), f"{lorad} --student_rank {rank}") for rank in (4, 8, 16, 32, 64)]
+    runs += [Run("fake rank", str(rank), f"{lorad} --fake_rank {rank}") for rank in (2, 4, 8, 16, 32)]
     for name, teacher in (("UNet", "stable-diffusion"), ("PixArt", "pixart")):  # PixArt's pipeline knows t = T-1 only
-        runs.append(Run("backbone", name, "--terminal_alpha_cumprod 0.0047", backbone=teacher))
+        runs.append(Run("backbone", name, f"{lorad} --terminal_alpha_cumprod 0.0047", backbone=teacher))
     return runs
-
-
-def _adapter(kind: str, seed: int) -> Run:
-    (rate, *_) = RATES[RATES_OF.get(kind, kind)]
-    return Run("adapter", kind, f"--student_adapter {kind} --learning_rate {rate}", seed)
 
 
 def settings(run: Run) -> tuple:
@@ -234,8 +241,8 @@ def run_one(run: Run, steps: int, points: int, evaluation: Evaluation, folder: P
         raise ValueError(f"{file} is of another run, {log['command']}. Choose another --output_dir, or remove it.")
     if "result" in log:
         return log
-    every = max(1, steps // points)
-    trainer = start(run, steps, every, work)
+    trainer = start(run, steps, work)
+    every = max(1, trainer.total_steps // points)
     log = {"curve": [point for point in log["curve"] if point["step"] <= trainer.step]} | made_by
     seconds = log["curve"][-1]["seconds"] if log["curve"] else 0.0
     if not log["curve"] or log["curve"][-1]["step"] < trainer.step:  # the start, or stopped just after a checkpoint
@@ -258,8 +265,8 @@ def run_one(run: Run, steps: int, points: int, evaluation: Evaluation, folder: P
     return log
 
 
-def start(run: Run, steps: int, every: int, work: Path) -> WaDiTrainer:
-    """The run before its first update, or as its last checkpoint in `work` left it; one is written `every` so many updates."""
+def start(run: Run, steps: int, work: Path) -> WaDiTrainer:
+    """The run before its first update, or as its last checkpoint in `work` left it."""
     AcceleratorState._reset_state(reset_partial_state=True)
     places = [
         "--pretrained_teacher_model",
@@ -267,10 +274,19 @@ def start(run: Run, steps: int, every: int, work: Path) -> WaDiTrainer:
         "--output_dir",
         str(work),
     ]
-    state = f"--checkpointing_steps {every} --checkpoints_total_limit 1 --resume_from_checkpoint latest".split()
+    state = ["--checkpoints_total_limit", "1", "--resume_from_checkpoint", "latest"]
     args = script().parse_args([*run.command(steps), *places, *state])
     args.validation_prompts = ["a red heart on a white background"]
-    return WaDiTrainer(args)
+    shared, own = work.parent / f"pairs-{run.backbone}-{run.seed}.safetensors", work / "regression_pairs.safetensors"
+    work.mkdir(exist_ok=True)
+    if shared.is_file():
+        shutil.copyfile(
+            shared, own
+        )  # made by another run; made anew if its fingerprint says that it is not for this one
+    trainer = WaDiTrainer(args)
+    if own.is_file():
+        shutil.copyfile(own, shared)
+    return trainer
 
 
 def _clock(trainer: WaDiTrainer) -> Callable[[], float]:
@@ -399,8 +415,8 @@ def main() -> None:
     add("--tables", nargs="+", choices=tables, default=tables, help="Default: all.")
     add("--names", nargs="+", help="Only these values of the factor.")
     add("--seeds", nargs="+", type=int, help="Only these.")
-    add("--steps", type=int, default=100, help="Updates of each run by score distillation. Default: 100.")
-    add("--points", type=int, default=5, help="Of the curve. Default: 5.")
+    add("--steps", type=int, default=50, help="Updates of each run by score distillation. Default: 50.")
+    add("--points", type=int, default=7, help="Of the curve. Default: 7.")
     add("--num_captions", type=int, default=512, help="Judged at the end. Default: 512.")
     add("--num_frechet", type=int, default=512, help="Images for the Fréchet distance. Default: 512.")
     add("--num_threads", type=int, help="CPU threads. Default: torch's choice.")

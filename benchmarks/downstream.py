@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+WHO = ("teacher", "student")
 TASKS = ("controlnet", "reversion", "scalecrafter", "dreambooth")
 COLUMNS = ("task", "generator", "setting", "metric", "value", "images", "seconds_per_image")
 
@@ -48,25 +49,30 @@ def speedups(rows: list[dict[str, Any]]) -> str:
 
 
 def write(rows: list[dict[str, Any]], folder: Path) -> None:
-    """downstream.json and downstream.md; tasks that were not measured this time keep their rows."""
+    """downstream.json and downstream.md; tasks and generators that were not measured this time keep their rows."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "downstream.json"
     machine = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
     rows = [row | {"machine": machine} for row in rows]
-    new = {row["task"] for row in rows}
+    new = {(row["task"], row["generator"]) for row in rows}
     old = json.loads(path.read_text()) if path.is_file() else []
-    rows = sorted((*[r for r in old if r["task"] not in new], *rows), key=lambda row: TASKS.index(row["task"]))
+    rows = sorted((*[r for r in old if (r["task"], r["generator"]) not in new], *rows), key=_place)
     text = f"{markdown(rows)}\n\n{speedups(rows)}\n\n{'; '.join(sorted({row['machine'] for row in rows}))}\n"
     for name, content in (("downstream.json", json.dumps(rows, indent=1) + "\n"), ("downstream.md", text)):
         (folder / f"{name}.tmp").write_text(content)
         os.replace(folder / f"{name}.tmp", folder / name)
 
 
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    return TASKS.index(row["task"]), WHO.index(row["generator"].split(",")[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--who", nargs="+", choices=WHO, default=list(WHO), help="Default: both.")
     parser.add_argument("--images", type=int, default=256, help="Images per cell. Default: 256.")
     parser.add_argument("--steps", type=int, default=50, help="Steps of the teacher. Default: 50.")
     parser.add_argument("--work_dir", type=Path, required=True, help="Folder for what is trained.")
@@ -77,7 +83,7 @@ def main() -> None:
         torch.set_num_threads(args.num_threads)
     for task in args.tasks:
         module = importlib.import_module(f"downstream_{task}")
-        rows = module.measure(images=args.images, steps=args.steps, work_dir=args.work_dir / task)
+        rows = module.measure(images=args.images, steps=args.steps, work_dir=args.work_dir / task, who=args.who)
         print(markdown(rows), speedups(rows), sep="\n\n", flush=True)
         if args.output_dir:
             write(rows, args.output_dir)

@@ -78,7 +78,7 @@ def measure(
     steps: int,
     work_dir: Path,
     scales: Sequence[float] = SCALES,
-    generators: Sequence[str] = GENERATORS,
+    who: Sequence[str] = GENERATORS,
     picture: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One row for each generator, setting and metric.
@@ -88,7 +88,7 @@ def measure(
         steps: of the teacher.
         work_dir: where the ControlNet is, or goes.
         scales: controlnet_conditioning_scale of the student's cells with control; the teacher has the first one only.
-        generators: of `GENERATORS`.
+        who: of `GENERATORS`.
         picture: PNG to write, ten captions wide.
     """
     controlnet = trained_controlnet(Path(work_dir))
@@ -96,7 +96,7 @@ def measure(
     controlled = WaDiControlNetPipeline.from_pipe(plain, controlnet=controlnet)
     captions = heldout_captions(images, seed=5)
     masks, rows, shown = conditions_for(captions), [], {}
-    for generator, how in (call_of(generator, steps) for generator in generators):
+    for generator, how in (call_of(generator, steps) for generator in who):
         for scale in (None, *(scales[:1] if how["num_inference_steps"] > 1 else scales)):
             pipe, setting = (plain, "without control") if scale is None else (controlled, f"mask, scale {scale:g}")
             pipe.set_progress_bar_config(disable=True)
@@ -189,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    options = {"scales": args.scales, "generators": args.generators, "picture": args.picture}
+    options = {"scales": args.scales, "who": args.generators, "picture": args.picture}
     rows = measure(images=args.images, steps=args.steps, work_dir=args.work_dir, **options)
     print(json.dumps(rows))
     print(markdown(rows))

@@ -21,7 +21,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -139,7 +139,14 @@ def trained(train_steps: int, work_dir: Path) -> dict[str, Path | None]:
     return {method: train(method, rate, train_steps, work_dir) for method, rate in BEST.items()} | {"none": None}
 
 
-def measure(*, images: int, steps: int, work_dir: Path, train_steps: int = TRAIN_STEPS) -> list[dict[str, Any]]:
+def measure(
+    *,
+    images: int,
+    steps: int,
+    work_dir: Path,
+    train_steps: int = TRAIN_STEPS,
+    who: Sequence[str] = ("teacher", "student"),
+) -> list[dict[str, Any]]:
     """All rows of the table; what is not in `work_dir` is trained first.
 
     Args:
@@ -147,10 +154,13 @@ def measure(*, images: int, steps: int, work_dir: Path, train_steps: int = TRAIN
         steps: of the teacher, for one image.
         work_dir: of instance images, class images and what was trained.
         train_steps: of each training.
+        who: which generators.
     """
     folders = trained(train_steps, Path(work_dir))
-    who = (f"teacher, {steps} steps", STUDENT)
-    return [row for g in who for s in SETTINGS for row in cell(g, s, folders[s], images, steps)]
+    names = {"teacher": f"teacher, {steps} steps", "student": STUDENT}
+    return [
+        row for g in (names[each] for each in who) for s in SETTINGS for row in cell(g, s, folders[s], images, steps)
+    ]
 
 
 def search(method: str, images: int, train_steps: int, work_dir: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,16 @@ def judged(images: np.ndarray, captions: list[str]) -> dict[str, float]:
     }
 
 
-def measure(*, images: int, steps: int, work_dir: Path) -> list[dict[str, Any]]:
+def measure(
+    *, images: int, steps: int, work_dir: Path, who: Sequence[str] = ("teacher", "student")
+) -> list[dict[str, Any]]:
     """Rows for the table of `downstream.py`: teacher and student, without and with ScaleCrafter.
 
     Batches that `work_dir` has already are not drawn again. Settings or models that changed need another folder.
     """
     captions, pipe, rows = heldout_captions(images, seed=TABLE_SEED), load_pipeline(), []
-    for generator, count, options in ((f"teacher, {steps} steps", steps, TEACHER), ("student, 1 step", 1, STUDENT)):
+    cells = {"teacher": (f"teacher, {steps} steps", steps, TEACHER), "student": ("student, 1 step", 1, STUDENT)}
+    for generator, count, options in (cells[each] for each in who):
         for setting, chosen in (("128x128, plain", None), ("128x128, ScaleCrafter", options)):
             folder = work_dir / f"{generator.split(',')[0]}-{count}-{setting.split()[1]}"
             folder.mkdir(parents=True, exist_ok=True)

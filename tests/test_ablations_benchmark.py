@@ -13,18 +13,19 @@ import ablations
 sys.path.pop(0)
 
 FACTORS = {  # what may differ within a table; learning rates go with adapters and objectives
-    "adapter": {"student_adapter", "learning_rate", "seed"},
+    "adapter": {"student_adapter", "learning_rate", "warmup_learning_rate", "seed"},
     "student rank": {"student_rank"},
     "fake rank": {"fake_rank"},
     "layers": {"student_layers"},
     "initialisation": {"student_init"},
-    "orthogonal": {"student_adapter"},
-    "learning rate": {"student_adapter", "learning_rate"},
+    "orthogonal": {"student_adapter", "warmup_learning_rate"},
+    "learning rate": {"student_adapter", "learning_rate", "warmup_learning_rate"},
     "backbone": set(),
 }
 OF_A_RECIPE = {  # what a recipe may change: one of these
     frozenset({"t_init"}),
     frozenset({"t_init", "terminal_alpha_cumprod"}),
+    frozenset({"regression_weight"}),
     frozenset({"guidance_scale"}),
     frozenset({"score_weighting", "fake_loss_weighting"}),
     frozenset({"fake_updates_per_step"}),
@@ -73,7 +74,7 @@ def test_the_same_run_in_two_tables_is_made_once():
         "recipe-as-in-the-other-tables-0",
         "student-rank-32-0",
         "initialisation-paper-0",
-        "learning-rate-lorad-3e-4-0",
+        "learning-rate-lorad-3e-4-warm-start-2e-3-0",
     ):
         assert first[by_key[key]] == common
     assert first[by_key["adapter-lorad-1"]] == by_key["adapter-lorad-1"]
@@ -81,28 +82,30 @@ def test_the_same_run_in_two_tables_is_made_once():
 
 
 def test_a_run_is_judged_and_taken_up_again(tmp_path, monkeypatch):
-    small = ablations.COMMON.replace(
-        "--shapes_captions 20000 --train_batch_size 16 --mixed_precision bf16",
-        "--shapes_captions 8 --train_batch_size 1",
-    )
-    assert small != ablations.COMMON and "fake_warmup_steps 50" in small
-    monkeypatch.setattr(ablations, "COMMON", small.replace("fake_warmup_steps 50", "fake_warmup_steps 0"))
+    changed = {
+        "--shapes_captions 20000 --train_batch_size 16 --mixed_precision bf16": "--shapes_captions 8 --train_batch_size 1",
+        "--warmup_regression_steps 150": "--warmup_regression_steps 1",
+        "--warmup_regression_pairs 2048 --warmup_num_inference_steps 10": "--warmup_regression_pairs 2 --warmup_num_inference_steps 1",
+        "--fake_warmup_steps 60": "--fake_warmup_steps 0",
+    }
+    for before, after in changed.items():
+        assert before in ablations.COMMON
+        monkeypatch.setattr(ablations, "COMMON", ablations.COMMON.replace(before, after))
     evaluation = ablations.Evaluation(num_captions=4, num_frechet=0)
     run = ablations.Run(
         "adapter", "lorad", "--student_rank 2 --fake_rank 2 --learning_rate 0.1 --lr_warmup_steps 0 --no-use_ema"
     )
-    whole = ablations.run_one(run, 2, 2, evaluation, tmp_path)
+    whole = ablations.run_one(run, 1, 2, evaluation, tmp_path)
     assert [point["step"] for point in whole["curve"]] == [0, 1, 2]
     result = whole["result"]
     assert 0 <= result["attributes"] <= 1 and result["norm"] < 1e-6 < result["direction"]
-    assert ablations.run_one(run, 2, 2, None, tmp_path) == whole  # nothing is done twice
+    assert ablations.run_one(run, 1, 2, None, tmp_path) == whole  # nothing is done twice
     with pytest.raises(ValueError, match="is of another run"):
         ablations.run_one(run, 3, 2, None, tmp_path)
-    assert all("vsd_loss" in point for point in whole["curve"][1:])
+    assert "regression_loss" in whole["curve"][1] and "vsd_loss" in whole["curve"][2]
     assert whole["command"].startswith("train_wadi.py ") and "--learning_rate 0.1 " in whole["command"]
-    assert [path.name for path in tmp_path.iterdir()] == [
-        "adapter-lorad-0.json"
-    ]  # no checkpoints are left lying about
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"adapter-lorad-0.json", "pairs-stable-diffusion-0.safetensors"}  # no checkpoints lie about
 
     stopped, quick, wrong = tmp_path / "stopped", evaluation.quick, []
 
@@ -115,11 +118,11 @@ def test_a_run_is_judged_and_taken_up_again(tmp_path, monkeypatch):
     stopped.mkdir()
     monkeypatch.setattr(evaluation, "quick", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        ablations.run_one(run, 2, 2, evaluation, stopped)
+        ablations.run_one(run, 1, 2, evaluation, stopped)
     assert "result" not in json.loads((stopped / "adapter-lorad-0.json").read_text())
     updates = []
     monkeypatch.setattr(ablations.WaDiTrainer, "update", lambda trainer: updates.append(trainer.step))
-    again = ablations.run_one(run, 2, 2, evaluation, stopped)
+    again = ablations.run_one(run, 1, 2, evaluation, stopped)
     assert again["result"] == result and [point["step"] for point in again["curve"]] == [0, 1, 2]
     assert not updates  # the checkpoint is of the last one
     assert "| lorad | 1 |" in ablations.report(tmp_path)
