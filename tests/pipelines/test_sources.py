@@ -155,9 +155,10 @@ def test_the_scheduler_goes_with_the_adapter(base, adapter, tmp_path):
     many = latents(teacher, **several)
     teacher.load_lorad_weights(tmp_path / "saved")
     assert torch.equal(latents(teacher), expected)
-    teacher.disable_lora()
-    assert torch.equal(latents(teacher, **several), many)  # the base's own scheduler
+    teacher.disable_lora()  # nor is the adapter's scheduler used then
+    assert torch.equal(latents(teacher, **several), many) and torch.equal(latents(teacher), plain)
     teacher.enable_lora()
+    assert torch.equal(latents(teacher), expected)
     teacher.load_lorad_weights(other_adapter(teacher, tmp_path / "other"), adapter_name="other")
     assert terminal(teacher) == pytest.approx(0.1, abs=1e-6)  # a second one leaves it
     teacher.unload_lorad_weights()

@@ -57,6 +57,12 @@ class AdapterSchedulerMixin:
             return
         self._replace_scheduler(own)
 
+    def _scheduler_of_one_step(self) -> Any:
+        """This pipeline's, but not one that belongs to an adapter which is off: then the base's, set up for one step."""
+        if getattr(self.scheduler, "of_adapter", False) and not self.is_one_step:
+            return one_step_scheduler(self._scheduler_of_many_steps(), self.terminal_alpha_cumprod)
+        return self.scheduler
+
     def _save_beside_adapter(self, folder: Path) -> list[str]:
         """The scheduler of the one step, if this pipeline has one. Returns the files, relative to `folder`."""
         try:

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DiffusionPipeline
 from diffusers.utils import logging
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from diffusers_wadi._adapter_ops import lorad_layers
 from diffusers_wadi.loaders import LoRaDLoaderMixin
 from diffusers_wadi.lorad.caching import lorad_cache_in_call
 from diffusers_wadi.pipelines._adapter_scheduler import AdapterSchedulerMixin
@@ -136,10 +137,16 @@ class OneStepMixin(
     @property
     def is_one_step(self) -> bool:
         """Whether the denoiser is now the one-step generator: its adapter is on or fused, or it never had one."""
-        layers = self._lorad_layers()
-        if not layers:
-            return not self._lorad_removed
-        return any(_is_acting(layer) for layer in layers)
+        # Every call may ask, so this looks no further than to the first layer that acts, and makes no list.
+        optimization, model = self._optimization, self._present_model()
+        if optimization is not None:
+            model = optimization.originals.get(self.lorad_component, model)
+        adapted = False
+        for layer in () if model is None else lorad_layers(model):
+            if _is_acting(layer):
+                return True
+            adapted = True
+        return not (adapted or self._lorad_removed)
 
     def _repair_scheduler(self, given: bool) -> None:
         """Put a one-step scheduler in the place of one that would not do, unless the caller chose it knowingly."""
@@ -191,9 +198,10 @@ class OneStepMixin(
         if steps != 1:
             scheduler = self._scheduler_of_many_steps()
         else:
+            scheduler = self._scheduler_of_one_step()
             if times is None:
-                self._check_scheduler(original)
-            scheduler = self._with_own_step(original, times is None)
+                self._check_scheduler(scheduler)
+            scheduler = self._with_own_step(scheduler, times is None)
         # Exchanged, so that pipelines that share it (`from_pipe`) do not notice and an exception leaves nothing behind.
         self.scheduler = scheduler
         try:
