@@ -23,6 +23,8 @@ def pixels(drawing):
 @pytest.fixture
 def engine(components):
     add_random_adapter(components["unet"])
+    # So that the images of two prompts differ by far more than rounding.
+    components["text_encoder"].final_layer_norm.weight.data.mul_(20)
     made = Engine(WaDiPipeline(**components), "tiny", max_batch=8)
     yield made
     made.close()
@@ -58,7 +60,7 @@ def test_plain_requests_make_one_batch_and_each_gets_its_own(engine):
         assert all(drawing.notes["prompt"] == prompt and drawing.notes["size"] == "64x64" for drawing in mine)
         assert all(np.abs(pixels(one) - pixels(other)).max() <= 1 for one, other in zip(mine, expected))
     assert len({drawing.seconds for answer in together for drawing in answer}) == 1  # each its share
-    assert np.abs(pixels(together[0][0]) - pixels(together[1][0])).max() > 1
+    assert np.abs(pixels(together[0][0]) - pixels(together[1][0])).max() > 5
 
 
 def test_what_switches_the_adapter_has_its_turn_between_them(engine):
