@@ -59,7 +59,7 @@ METHOD = (
 )
 # Kind of adapter -> rates of score distillation and of the warm start; the first pair is used in the other tables.
 RATES = {
-    "lorad": (("3e-4", "2e-3"), ("3e-4", "1e-3"), ("3e-4", "4e-3"), ("1e-3", "2e-3")),
+    "lorad": (("3e-4", "2e-3"), ("3e-4", "1e-3"), ("3e-4", "4e-3"), ("3e-4", "8e-3"), ("1e-3", "2e-3")),
     "lora": (("3e-4", "1e-3"), ("3e-4", "5e-4"), ("3e-4", "2e-3"), ("1e-4", "1e-3")),
     "full": (("3e-5", "3e-4"), ("3e-5", "1e-4"), ("3e-5", "1e-3"), ("1e-4", "3e-4")),
 }
@@ -150,7 +150,11 @@ def grid() -> list[Run]:
         for i, (rate, warmup) in enumerate(RATES[kind]):
             runs.append(Run("learning rate", f"{kind} {rate}, warm start {warmup}", rates(kind, i)))
     lorad = rates("lorad")
-    runs += [Run("layers", layers, f"{lorad} --student_layers {layers}") for layers in ("linear", "linear_conv")]
+    for name, layers in (
+        ("linear", "paper"),
+        ("linear_conv", "linear_conv"),
+    ):  # the paper's for LoRaD are the linear ones
+        runs.append(Run("layers", name, f"{lorad} --student_layers {layers}"))
     runs += [Run("initialisation", init, f"{lorad} --student_init {init}") for init in ("paper", "zero_b", "xavier")]
     runs += [Run("recipe", name, f"{lorad} {flags}") for name, flags in RECIPES.items()][3:]
     for kind in ("lorad", *ORTHOGONAL):
@@ -348,6 +352,10 @@ def markdown(lines: Sequence[tuple[Run, dict[str, Any]]]) -> str:
         tables[run.table][run.name].append(log)
     text = []
     for table, rows in tables.items():
+        if all(
+            log["table"] != table for found in rows.values() for log in found
+        ):  # only a run that other tables share
+            continue
         heads = [table, "seeds", *(title for title, _ in COLUMNS.values()), "s/update"]
         text += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for name, found in rows.items():

@@ -135,6 +135,7 @@ def test_the_scheduler_beside_an_adapter_is_used(adapter):
     path.write_text("{")
     with pytest.raises(ValueError, match="no scheduler config"):
         WaDiPipeline.from_pretrained(adapter)
+    assert WaDiPipeline.from_pretrained(adapter, scheduler=given).scheduler is given  # the remedy that the error names
 
 
 def terminal(pipe) -> float:

@@ -28,6 +28,7 @@ from diffusers_wadi.authors_files import (
     read_authors_file,
     split_authors_state_dict,
 )
+from diffusers_wadi.loaders import LoRaDLoaderMixin
 from diffusers_wadi.pipelines._adapter_scheduler import own_scheduler
 from diffusers_wadi.pipelines._weights import refuse_incomplete
 from diffusers_wadi.schedulers import one_step_scheduler
@@ -218,10 +219,11 @@ def load_adapter_pipeline(
     # A revision names a state of the repository that was asked for, which is the adapter's.
     of_base = {key: value for key, value in options.items() if key != "revision"}
     pipe = load_complete_pipeline(load, Source(source.base, None), of_base)
-    given = pipe.scheduler
-    pipe.load_lorad_weights(source.location, weight_name, adapter_name, source.subfolder, **hub_options(options))
-    if options.get("scheduler") is not None:
-        pipe.scheduler = given
+    # A scheduler that was given is used: the one beside the adapter, whatever it is, is not looked at then.
+    load_adapter = (
+        type(pipe).load_lorad_weights if options.get("scheduler") is None else LoRaDLoaderMixin.load_lorad_weights
+    )
+    load_adapter(pipe, source.location, weight_name, adapter_name, source.subfolder, **hub_options(options))
     return pipe
 
 
